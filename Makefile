@@ -1,0 +1,39 @@
+# One command each: `make quickstart` runs the whole pipeline, `make test` passes every check.
+# Both do all the set-up themselves, with Python 3.11 or newer and pip.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+STORE ?= work
+
+.PHONY: setup quickstart test unit check docs-check clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		"torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e ".[tasks,edge,dev]"
+	touch $(STAMP)
+
+quickstart: setup
+	$(BIN)/tutelage run recipes/quickstart.toml --store $(STORE)
+
+# Style, types and import layers, then every test: unit tests first, then those with real models.
+test: check
+	$(BIN)/python -m pytest tests
+
+unit: setup
+	$(BIN)/python -m pytest tests/unit
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) $(STORE) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

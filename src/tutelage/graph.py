@@ -1,0 +1,165 @@
+"""The graph of a recipe's steps: who reads whom, in an order that can be run, and each identity."""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tutelage.core.errors import RecipeError
+from tutelage.core.fingerprint import fingerprint
+from tutelage.recipe.load import Variant
+from tutelage.recipe.tables import ModelSource, Prune, Recipe, Report, Step, references, settings
+
+KIND_NAMES = {
+    "model": "a model", "conversations": "conversations (a data or synthesize step)",
+    "rollouts": "a rollout step", "targets": "a score step",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Node:
+    """One thing to have: a step, or a model from outside (then `step` is None)."""
+
+    name: str
+    step: Step | None
+    source: ModelSource | None
+    inputs: Mapping[str, str]
+    """Role -> name of the node read."""
+
+    @property
+    def stage(self) -> str:
+        """The stage, or `external`."""
+        return self.step.stage if self.step else "external"
+
+    @property
+    def produces(self) -> str:
+        """The kind of its result."""
+        return self.step.produces if self.step else "model"
+
+
+def build(variants: Sequence[Variant], *, until: str = "") -> list[Node]:
+    """The nodes of all variants in an order in which each comes after what it reads.
+
+    With `until`, only the named step and what it needs. Raises RecipeError on an unknown or
+    unfit reference, a cycle, or a name that is both a model and a step.
+    """
+    nodes: dict[str, Node] = {}
+    for variant in variants:
+        suffix = f"@{variant.label}" if variant.label else ""
+        for node in _of_recipe(variant.recipe):
+            renamed = {role: name + suffix for role, name in node.inputs.items()}
+            name = node.name + suffix
+            nodes[name] = Node(name, node.step, node.source, renamed)
+    ordered = _ordered(nodes)
+    if not until:
+        return ordered
+    wanted = [name for name in nodes if until in (name, name.partition("@")[0])]
+    if not wanted:
+        raise RecipeError(f"--until {until}: no such step{_nearest(until, nodes)}")
+    needed = closure(nodes, wanted)
+    return [node for node in ordered if node.name in needed]
+
+
+def closure(nodes: Mapping[str, Node], names: Iterable[str]) -> set[str]:
+    """The named nodes and everything they read, directly or not."""
+    seen: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += nodes[name].inputs.values()
+    return seen
+
+
+def identities(
+    nodes: Sequence[Node], external: Callable[[Node], Mapping[str, Any]],
+    data_identity: Callable[[Step], Any],
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """The identity of each node: stage, version, settings, outside content, identities of inputs.
+
+    Two nodes with equal identities are one result, whatever they are called.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for node in nodes:
+        if node.step is None:
+            found[node.name] = {"stage": "external", **external(node)}
+            continue
+        found[node.name] = {
+            "stage": node.stage,
+            "version": node.step.version,
+            "config": settings(node.step),
+            "inputs": {role: fingerprint(found[name]) for role, name in node.inputs.items()},
+        }
+        if outside := data_identity(node.step):
+            found[node.name]["outside"] = outside
+    return found
+
+
+def _of_recipe(recipe: Recipe) -> list[Node]:
+    if both := set(recipe.models) & set(recipe.steps):
+        raise RecipeError(f"{min(both)!r} names both a model and a step; rename one")
+    nodes: dict[str, Node] = {}
+    for name, source in recipe.models.items():
+        base = f"{name}:source" if source.is_pruned else name
+        nodes[base] = Node(base, None, source, {})
+        if source.is_pruned:
+            step = Prune(
+                stage="prune", model=base,
+                drop_layers=source.drop_layers, keep_layers=source.keep_layers,
+            )  # fmt: skip
+            nodes[name] = Node(name, step, None, {"model": base})
+    for name, step in recipe.steps.items():
+        nodes[name] = Node(name, step, None, {role: to for role, _, to in references(step)})
+    for name, step in recipe.steps.items():
+        _check_references(name, step, nodes)
+    return [_with_ancestors(node, nodes) for node in nodes.values()]
+
+
+def _check_references(name: str, step: Step, nodes: Mapping[str, Node]) -> None:
+    for role, kind, to in references(step):
+        place = f"steps.{name}.{role.partition('.')[0]}"
+        if to not in nodes:
+            raise RecipeError(f"{place}: no step or model {to!r}{_nearest(to, nodes)}")
+        if kind not in ("any", nodes[to].produces):
+            raise RecipeError(
+                f"{place}: needs {KIND_NAMES[kind]}, but {to!r} is a {nodes[to].stage} step"
+            )
+
+
+def _with_ancestors(node: Node, nodes: Mapping[str, Node]) -> Node:
+    """A report reads every step behind the ones it names, under their names, which it shows."""
+    if not isinstance(node.step, Report):
+        return node
+    _ordered(nodes)  # a cycle is told as such before it is walked
+    return Node(
+        node.name, node.step, None,
+        {name: name for name in sorted(closure(nodes, node.step.steps))},
+    )  # fmt: skip
+
+
+def _ordered(nodes: Mapping[str, Node]) -> list[Node]:
+    """Depth first, in the recipe's own order where the graph leaves a choice."""
+    state: dict[str, str] = {}
+    ordered: list[Node] = []
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if state.get(name) == "done":
+            return
+        if name in path:
+            cycle = " -> ".join((*path[path.index(name) :], name))
+            raise RecipeError(f"the steps read each other in a circle: {cycle}")
+        for needed in nodes[name].inputs.values():
+            visit(needed, (*path, name))
+        state[name] = "done"
+        ordered.append(nodes[name])
+
+    for name in nodes:
+        visit(name, ())
+    return ordered
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    names = [n for n in known if ":" not in n]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"

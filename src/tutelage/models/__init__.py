@@ -1,0 +1,1 @@
+"""Model sources: loading, depth pruning and the bundled catalog."""

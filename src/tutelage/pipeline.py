@@ -1,0 +1,305 @@
+"""The pipeline: from a recipe to finished artifacts. Read this first.
+
+`plan` says what would run and why; `run` runs it. A step is known by the sha256 of everything that
+decides its bytes (`graph.identities`), so what is finished is never made again, equal steps are
+made once, and a killed step goes on where it was. What a stage does is its own affair: it is given
+its settings, its inputs and a folder (`stages/<stage>.py`), and meets no other stage.
+"""
+
+import importlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tutelage.core import files
+from tutelage.core.artifact import Artifact, WorkDir, finish, measure_peak
+from tutelage.core.errors import ArtifactError, EngineError, ModelError, TutelageError
+from tutelage.core.fingerprint import differences, fingerprint
+from tutelage.core.lock import file_lock
+from tutelage.core.progress import Reporter
+from tutelage.core.provenance import provenance
+from tutelage.data.identity import data_identity
+from tutelage.graph import Node, build, identities
+from tutelage.models import source as models
+from tutelage.recipe.load import Variant
+from tutelage.recipe.tables import Data, Step
+from tutelage.store import Store
+
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "OutOfMemoryError")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One step of a plan: what it is, whether it is there already, and if not, why not."""
+
+    node: Node
+    identity: Mapping[str, Any]
+    status: str
+    """`cached`, `run`, `resume`, `same` (as an earlier step of this plan) or `outside`."""
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """The identity's sha256."""
+        return fingerprint(self.identity)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: each step's artifact, and which of them were made now."""
+
+    artifacts: Mapping[str, Artifact]
+    made: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass
+class _Run:
+    """A run under way."""
+
+    name: str
+    store: Store
+    reporter: Reporter
+    device: str
+    planned: Mapping[str, Planned]
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    made: list[str] = field(default_factory=list)
+
+
+def plan(variants: Sequence[Variant], store: Store, *, until: str = "") -> list[Planned]:
+    """Every step in the order it would run, with its status and the reasons for it.
+
+    Raises RecipeError on a graph that cannot be, ModelError when a student and its teacher have
+    different vocabularies.
+    """
+    nodes = build(variants, until=until)
+    outside = {
+        node.name: models.locate(node.source, memo=store.memo) for node in nodes if node.source
+    }
+    _check_vocabularies(nodes, outside)
+    known = identities(
+        nodes, lambda node: outside[node.name].identity,
+        lambda step: data_identity(step, memo=store.memo) if isinstance(step, Data) else None,
+    )  # fmt: skip
+    previous = store.read_run(variants[0].recipe.name)
+    first: dict[str, str] = {}
+    planned = []
+    for node in nodes:
+        earlier = first.setdefault(fingerprint(known[node.name]), node.name)
+        status, reasons = _status(node, known, earlier, store, previous)
+        planned.append(Planned(node, known[node.name], status, reasons))
+    return planned
+
+
+def _status(
+    node: Node, known: Mapping[str, Mapping[str, Any]], earlier: str, store: Store,
+    previous: Mapping[str, Any],
+) -> tuple[str, tuple[str, ...]]:  # fmt: skip
+    if node.step is None:
+        return "outside", ()
+    if earlier != node.name:
+        return "same", (f"same as {earlier}",)
+    identity = known[node.name]
+    stage, mark = node.stage, fingerprint(identity)
+    if store.find(stage, mark):
+        return "cached", ()
+    if store.partial(stage, mark).exists():
+        return "resume", ("an earlier run was interrupted here",)
+    before = previous.get(node.name)
+    if before is None:
+        return "run", ("never run",)
+    return "run", tuple(_changes(node, before["identity"], identity)) or ("result was removed",)
+
+
+def _changes(node: Node, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs from the step's last finished run, in the recipe's own words."""
+    prefix = f"steps.{node.name}."
+    lines = []
+    if old["stage"] != new["stage"]:
+        return [f"{prefix}stage: {old['stage']} -> {new['stage']}"]
+    if old["version"] != new["version"]:
+        lines.append(f"{new['stage']} stage: version {old['version']} -> {new['version']}")
+    lines += [prefix + line for line in differences(old["config"], new["config"])]
+    for role in sorted({*old["inputs"], *new["inputs"]}):
+        if old["inputs"].get(role) != new["inputs"].get(role):
+            lines.append(f"input {role} ({node.inputs.get(role, 'gone')}) changed")
+    for line in differences(old.get("outside"), new.get("outside")):
+        lines.append(f"source changed: {line}")
+    return lines
+
+
+def _check_vocabularies(nodes: Sequence[Node], outside: Mapping[str, models.External]) -> None:
+    """Teacher and student must share ids: refuse a pair before anything is spent on it."""
+    by_name = {node.name: node for node in nodes}
+
+    def root(name: str) -> str:
+        while by_name[name].step is not None:
+            name = by_name[name].inputs["model"]
+        return name
+
+    for node in nodes:
+        teacher = node.inputs.get("teacher")
+        if node.stage not in ("score", "evaluate") or teacher is None:
+            continue
+        students = [name for role, name in node.inputs.items() if role.startswith("models.")]
+        if "rollouts" in node.inputs:
+            students.append(by_name[node.inputs["rollouts"]].inputs["model"])
+        for student in students:
+            left, right = outside[root(teacher)].facts, outside[root(student)].facts
+            if left and right and left.tokenizer_digest != right.tokenizer_digest:
+                raise ModelError(
+                    f"steps.{node.name}: {root(student)} and its teacher {root(teacher)} have "
+                    f"different vocabularies ({right.vocab_size:,} and {left.vocab_size:,} ids); "
+                    "distillation by token needs one tokenizer: take a teacher of the same family"
+                )
+
+
+def run(
+    variants: Sequence[Variant], store: Store, *, until: str = "", reporter: Reporter | None = None
+) -> Result:
+    """Run what is not finished, in order; returns every step's artifact.
+
+    A step whose lock another process holds is left for later while others can run. Raises the
+    stage's own TutelageError with the step's name in front.
+    """
+    reporter = reporter or Reporter()
+    recipe = variants[0].recipe
+    started = time.monotonic()
+    if recipe.runtime.threads:  # torch reads it once, when it is first imported
+        os.environ["OMP_NUM_THREADS"] = str(recipe.runtime.threads)
+    for node in build(variants, until=until):
+        if node.source:
+            models.fetch(node.source, say=reporter.say)
+    planned = {p.node.name: p for p in plan(variants, store, until=until)}
+    files.write_json(
+        store.run_folder(recipe.name) / "recipe.json",
+        {v.label or recipe.name: v.recipe.model_dump(mode="json") for v in variants},
+    )
+    state = _Run(recipe.name, store, reporter, recipe.runtime.device, planned)
+    waiting = list(planned)
+    while waiting:
+        waiting = _pass(state, waiting)
+    return Result(state.artifacts, tuple(state.made), time.monotonic() - started)
+
+
+def _pass(state: _Run, waiting: Sequence[str]) -> list[str]:
+    """Try each waiting step once without blocking; if none could go on, wait for the first."""
+    left = []
+    for name in waiting:
+        inputs = state.planned[name].node.inputs.values()
+        if not all(i in state.artifacts for i in inputs) or not _try(state, name, wait=False):
+            left.append(name)
+    if len(left) == len(waiting):
+        ready = next(
+            name for name in left
+            if all(i in state.artifacts for i in state.planned[name].node.inputs.values())
+        )  # fmt: skip
+        _try(state, ready, wait=True)
+        left.remove(ready)
+    return left
+
+
+def _try(state: _Run, name: str, *, wait: bool) -> bool:
+    """Have the step's artifact, by finding or making it; False when somebody else is making it."""
+    planned = state.planned[name]
+    node, mark = planned.node, planned.fingerprint
+    if node.source:
+        located = models.locate(node.source, memo=state.store.memo)
+        state.artifacts[name] = located.as_artifact(planned.identity)
+        return True
+    artifact = state.store.find(node.stage, mark)
+    if artifact is None:
+        lock = state.store.lock(node.stage, mark)
+        with file_lock(lock, wait=wait, on_wait=lambda owner: _say_waiting(state, name, owner)) as (
+            held
+        ):
+            if not held:
+                return False
+            artifact = state.store.find(node.stage, mark) or _make(state, planned)
+    state.artifacts[name] = artifact
+    _record(state, planned)
+    return True
+
+
+def _say_waiting(state: _Run, name: str, owner: str) -> None:
+    state.reporter.say(f"{name}: waiting for {owner}, which is making it")
+
+
+def _record(state: _Run, planned: Planned) -> None:
+    entry = {
+        "stage": planned.node.stage,
+        "fingerprint": planned.fingerprint,
+        "identity": planned.identity,
+    }
+    # Read again each time: another run of the same name may have finished other steps meanwhile.
+    with file_lock(state.store.run_folder(state.name) / "run.lock"):
+        steps = state.store.read_run(state.name)
+        if steps.get(planned.node.name) != entry:
+            state.store.write_run(state.name, {**steps, planned.node.name: entry})
+
+
+def _make(state: _Run, planned: Planned) -> Artifact:
+    node = planned.node
+    assert node.step is not None
+    final = state.store.place(node.stage, planned.fingerprint)
+    inputs = {role: state.artifacts[name] for role, name in node.inputs.items()}
+    state.reporter.say(f"[bold]{node.name}[/bold] ({node.stage})")
+    try:
+        work = WorkDir.open(
+            state.store.partial(node.stage, planned.fingerprint),
+            reporter=state.reporter, device=state.device,
+        )  # fmt: skip
+        peak = measure_peak()
+        summary = _run_stage(node.step, inputs, work)
+        artifact = finish(
+            work, final, identity=planned.identity, summary=summary,
+            inputs={role: _input_entry(artifact) for role, artifact in inputs.items()},
+            provenance=provenance(
+                device=state.device, threads=int(os.environ.get("OMP_NUM_THREADS", 0))
+            ),
+            peak_memory_bytes=peak(),
+        )  # fmt: skip
+    except Exception as error:  # the one named boundary: every fault gets its step's name
+        raise _attributed(error, node.name) from error
+    state.made.append(node.name)
+    state.reporter.say(f"  done in {artifact.manifest['seconds']:,.1f} s  {_shown(summary)}")
+    return artifact
+
+
+def _run_stage(
+    step: Step, inputs: Mapping[str, Artifact], work: WorkDir
+) -> Mapping[str, int | float | str]:
+    return importlib.import_module(f"tutelage.stages.{step.stage}").run(step, inputs, work)
+
+
+def _input_entry(artifact: Artifact) -> dict[str, str]:
+    return {
+        "stage": artifact.stage,
+        "fingerprint": artifact.fingerprint,
+        "content": artifact.manifest["content"],
+    }
+
+
+def _attributed(error: Exception, name: str) -> Exception:
+    """The error with its step's name; a full disk and a full memory become clear lines."""
+    if isinstance(error, TutelageError):
+        return type(error)(f"step {name!r}: {error}")
+    if files.is_disk_full(error):
+        return ArtifactError(
+            f"step {name!r}: the disk is full; make room and run again: finished parts are kept"
+        )
+    if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
+        return EngineError(
+            f"step {name!r}: out of memory; lower batch_rows, batch_tokens or pack_tokens"
+        )
+    error.add_note(f"in step {name!r}")
+    return error
+
+
+def _shown(summary: Mapping[str, Any]) -> str:
+    return "  ".join(
+        f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in list(summary.items())[:6]
+    )

@@ -1,0 +1,1 @@
+"""The typed recipe: its tables, and how one is read."""

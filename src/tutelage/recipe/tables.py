@@ -1,0 +1,345 @@
+"""Every table of a recipe, as frozen typed settings; how one is read stands in `load.py`.
+
+The `[steps.*]` tables are the pipeline's graph: a field typed `ModelRef`, `ConversationsRef` and so
+on names the step (or the model) it reads. No torch here: `tutelage plan` answers in under a second.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Marks a field as the name of a step that produces `kind`."""
+
+    kind: str
+
+
+ModelRef = Annotated[str, Reads("model")]
+ConversationsRef = Annotated[str, Reads("conversations")]
+RolloutsRef = Annotated[str, Reads("rollouts")]
+TargetsRef = Annotated[str, Reads("targets")]
+AnyRef = Annotated[str, Reads("any")]
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Mode = Literal["reasoning", "fast"]
+
+
+class Table(BaseModel):
+    """A table of a recipe: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Runtime(Table):
+    """Where and how fast; never part of an artifact's identity."""
+
+    device: Literal["auto", "cpu", "cuda", "npu", "mps"] = "auto"
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of a process; 0 takes what the machine offers."""
+
+
+class ModelSource(Table):
+    """A model from outside: where it is, and how it is cut before training."""
+
+    source: str
+    """`bundled:NAME`, a Hub id `owner/name`, a directory, or a `.gguf` file."""
+    revision: str = ""
+    """Branch, tag or commit on the Hub; a commit makes the recipe repeatable."""
+    drop_layers: Annotated[int, Field(ge=0)] = 0
+    """Remove this many layers of least block influence (arXiv 2403.03853)."""
+    keep_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Or keep exactly these layers, counted from 0."""
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_cut_and_a_pinned_code(self) -> "ModelSource":
+        if self.drop_layers and self.keep_layers:
+            raise ValueError("drop_layers and keep_layers exclude each other: give one")
+        if self.trust_remote_code and not self.revision:
+            raise ValueError("trust_remote_code = true needs a pinned revision")
+        return self
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether layers are removed."""
+        return bool(self.drop_layers or self.keep_layers)
+
+
+class Columns(Table):
+    """Which columns of a source hold what; an empty name means the source has none."""
+
+    id: str = ""
+    messages: str = ""
+    system: str = ""
+    prompt: str = ""
+    response: str = ""
+    thinking: str = ""
+    answer: str = ""
+    language: str = ""
+
+
+class DataSource(Table):
+    """Rows from one place."""
+
+    source: str
+    """`bundled:prompts`, `hub:owner/name`, `task:NAME` (reasoning-gym), or a file path or glob."""
+    columns: Columns = Columns()
+    """Left out, the usual names are recognised (messages, conversations, prompt, question, ...)."""
+    limit: Annotated[int, Field(ge=0)] = 0
+    """At most so many rows, in the source's order; 0 takes all. Required for `task:`."""
+    split: str = "train"
+    subset: str = ""
+    revision: str = ""
+    language: str = ""
+    task_config: dict[str, Any] = {}
+
+
+class Step(Table):
+    """What every step has: a stage, whose `version` rises when the same settings give new bytes."""
+
+    produces: ClassVar[str]
+    version: ClassVar[int] = 1
+    stage: str
+
+
+class Prune(Step):
+    """A depth-pruned start. Made from `[models.*]` with `drop_layers`; rarely written by hand."""
+
+    produces: ClassVar[str] = "model"
+    stage: Literal["prune"]
+    model: ModelRef
+    drop_layers: Annotated[int, Field(ge=0)] = 0
+    keep_layers: tuple[int, ...] = ()
+    calibration_rows: PositiveInt = 24
+    """Bundled prompts on which block influence is measured."""
+
+
+class Data(Step):
+    """Conversations or prompts from files, the Hub, a task or the bundled prompt file."""
+
+    produces: ClassVar[str] = "conversations"
+    stage: Literal["data"]
+    sources: Annotated[tuple[DataSource, ...], Field(min_length=1)]
+    part: Literal["all", "train", "holdout"] = "all"
+    """Which side of the split; it goes by the prompt's text, so equal prompts never straddle it."""
+    holdout_share: Share = 0.1
+    limit: Annotated[int, Field(ge=0)] = 0
+    """Rows kept after the shuffle; 0 keeps all."""
+    max_bad_share: Share = 0.01
+    """More malformed rows than this stop the step; fewer are set aside in `quarantine.jsonl`."""
+    seed: int
+
+
+class Sampling(Step):
+    """Settings shared by the stages that generate text."""
+
+    prompts: ConversationsRef
+    mode: Mode
+    max_tokens: PositiveInt = 512
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    samples: PositiveInt = 1
+    """Answers a prompt."""
+    shard_rows: PositiveInt = 64
+    """Answers a shard; a crash costs at most one shard."""
+    batch_rows: PositiveInt = 32
+    seed: int
+
+
+class Synthesize(Sampling):
+    """The teacher answers prompts, in reasoning or in fast mode (stages 1 and 2 of the paper)."""
+
+    produces: ClassVar[str] = "conversations"
+    stage: Literal["synthesize"]
+    teacher: ModelRef
+    max_think_tokens: PositiveInt = 512
+    """Budget of the chain in reasoning mode; past it the chain is closed and the answer begins."""
+    elicit: str = ""
+    """Added to the prompt in reasoning mode, for the teacher alone: `Think step by step.` helps
+    one that has no thinking mode of its own."""
+    keep_truncated: bool = True
+    """Keep answers cut off at `max_tokens`, without teaching their end."""
+
+
+class Rollout(Sampling):
+    """The student answers the prompts once (arXiv 2509.26497, offline on-policy)."""
+
+    produces: ClassVar[str] = "rollouts"
+    stage: Literal["rollout"]
+    model: ModelRef
+
+
+class Score(Step):
+    """The teacher reads the rollouts once, prefill only, and its targets are stored."""
+
+    produces: ClassVar[str] = "targets"
+    stage: Literal["score"]
+    teacher: ModelRef
+    rollouts: RolloutsRef
+    tau: Annotated[float, Field(gt=0, le=1)] = 0.02
+    """Threshold of the sparse target: probabilities from tau up are exact, the rest is sampled."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    shard_rows: PositiveInt = 64
+    logit_chunk_mb: PositiveInt = 128
+    """Memory of the one chunk of logits that is alive at a time."""
+    seed: int
+
+
+class Training(Step):
+    """Settings of the one training loop, shared by `sft` and `distill`."""
+
+    produces: ClassVar[str] = "model"
+    model: ModelRef
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    min_lr_share: Share = 0.1
+    """Cosine schedule down to this share of `lr`."""
+    warmup_share: Share = 0.05
+    epochs: PositiveInt = 1
+    max_steps: Annotated[int, Field(ge=0)] = 0
+    """Stop after so many optimizer steps; 0 runs all epochs."""
+    batch_tokens: PositiveInt = 4096
+    """Tokens of an optimizer step, prompts included."""
+    pack_tokens: PositiveInt = 2048
+    """Length of a packed row; longer examples are cut at their end."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
+    """Save a checkpoint this often; 0 after every step."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    seed: int
+
+
+class Sft(Training):
+    """Supervised fine-tuning on conversations; several data steps are mixed."""
+
+    stage: Literal["sft"]
+    data: Annotated[tuple[ConversationsRef, ...], Field(min_length=1)]
+    mixture: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """One weight per data step, as shares of the rows seen; left out, every row is seen once an
+    epoch. The rows of a step that runs out are repeated."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name_is_a_list_of_one(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("data"), str):
+            return {**value, "data": [value["data"]]}
+        return value
+
+    @model_validator(mode="after")
+    def _a_weight_for_each(self) -> "Sft":
+        if self.mixture and len(self.mixture) != len(self.data):
+            raise ValueError(
+                f"mixture has {len(self.mixture)} weights for {len(self.data)} data steps"
+            )
+        return self
+
+
+class Distill(Training):
+    """Training on stored teacher targets: `(1 - lam) * CE + lam * KD` (arXiv 2509.26497)."""
+
+    stage: Literal["distill"]
+    targets: TargetsRef
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew", "policy_gradient"] = "forward_kl"
+    outside: Literal["auto", "unbiased", "bucket", "truncated", "renormalised"] = "auto"
+    """Treatment of ids outside the head; auto is unbiased for forward_kl, bucket otherwise."""
+    reverse_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a bucketed reverse KL mixed in; 0.25 helps small students when sampling."""
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """The teacher's weight in `jsd`."""
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """The teacher's weight in the mixture of `skew`."""
+    lam: Share = 0.9
+    ce_on: Literal["rollout", "none"] = "rollout"
+    first_tokens: Annotated[int, Field(ge=0)] = 0
+    """Train only on so many first tokens of an answer; 0 takes all (arXiv 2606.22600)."""
+
+
+class Evaluate(Step):
+    """Models against their teacher on held-out prompts, every figure with an interval."""
+
+    produces: ClassVar[str] = "scores"
+    stage: Literal["evaluate"]
+    models: Annotated[tuple[ModelRef, ...], Field(min_length=1)]
+    teacher: ModelRef
+    prompts: ConversationsRef
+    mode: Mode = "fast"
+    max_tokens: PositiveInt = 256
+    batch_rows: PositiveInt = 32
+    bootstrap: PositiveInt = 2000
+    """Resamples of the held-out prompts behind an interval."""
+    seed: int
+
+
+class Export(Step):
+    """Files for the edge, run in their own runtime before they are called done."""
+
+    produces: ClassVar[str] = "export"
+    stage: Literal["export"]
+    model: ModelRef
+    prompts: ConversationsRef
+    formats: Annotated[tuple[Literal["f16", "bf16", "q8_0", "q4_0"], ...], Field(min_length=1)] = (
+        "f16",
+        "q8_0",
+    )
+    questions: PositiveInt = 3
+    """Held-out prompts whose first answers are shown."""
+    max_tokens: PositiveInt = 64
+    max_kl: Annotated[float, Field(ge=0)] = 0.0
+    """Fail when a file is further than this from the model, in nats a token; 0 sets no gate."""
+
+
+class Report(Step):
+    """One self-contained HTML page over the steps it names and all they came from."""
+
+    produces: ClassVar[str] = "report"
+    stage: Literal["report"]
+    steps: Annotated[tuple[AnyRef, ...], Field(min_length=1)]
+
+
+AnyStep = Annotated[
+    Union[Prune, Data, Synthesize, Sft, Rollout, Score, Distill, Evaluate, Export, Report],  # noqa: UP007
+    Field(discriminator="stage"),
+]
+STEP_TYPES: dict[str, type[Step]] = {
+    get_args(kind.model_fields["stage"].annotation)[0]: kind
+    for kind in get_args(get_args(AnyStep)[0])
+}
+
+
+class Recipe(Table):
+    """A whole recipe."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    description: str = ""
+    seed: int = 0
+    runtime: Runtime = Runtime()
+    models: dict[str, ModelSource]
+    steps: dict[str, AnyStep]
+
+
+def references(step: Step) -> Iterator[tuple[str, str, str]]:
+    """Every input of a step as (role, kind, name); roles of a list are `models.0`, `models.1`."""
+    for field, info in type(step).model_fields.items():
+        if kind := next((m.kind for m in info.metadata if isinstance(m, Reads)), None):
+            yield field, kind, getattr(step, field)
+        elif kind := _kind_of_items(info.annotation):
+            for index, name in enumerate(getattr(step, field)):
+                yield f"{field}.{index}", kind, name
+
+
+def settings(step: Step) -> dict[str, Any]:
+    """A step's settings without its stage and inputs: what enters its identity."""
+    inputs = {role.split(".")[0] for role, _, _ in references(step)}
+    return step.model_dump(mode="json", exclude={"stage", *inputs})
+
+
+def _kind_of_items(annotation: Any) -> str | None:
+    for item in get_args(annotation):
+        for mark in getattr(item, "__metadata__", ()):
+            if isinstance(mark, Reads):
+                return mark.kind
+    return None

@@ -1,0 +1,1 @@
+"""The store of teacher targets: estimator, codec, writer, reader."""

@@ -1,0 +1,224 @@
+"""From a teacher's logits to sparse targets; knows nothing of files, models or losses.
+
+Owns the estimators. Threshold sampling is the one to use; `fixed_sample` is pure sampling, a fixed
+head with draws, and plain top-k, for comparison and for engines that can give no more.
+
+Legend: N tokens, V vocabulary, B blocks of W consecutive ids, M head entries, T tail points, S
+draws.
+
+Every draw is an inverse of the cumulative tail in id order. A float32 running sum over 49,152 ids
+is off by 1e-3 of an id's probability and more, and a float64 one costs as much as all else
+together. So sums are taken in blocks of W ids, running sums of the B blocks and inside the one
+block that a point falls into are float64.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tutelage.core.errors import EngineError, RecipeError
+from tutelage.targets.schema import TokenTargets
+
+BLOCK = 128
+
+
+def threshold_sample(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    *,
+    tau: float,
+    offsets_N: Tensor,
+    temperature: float = 1.0,
+) -> TokenTargets:
+    """Every q >= tau exactly; any other id with probability q / tau, then for a mass of tau.
+
+    With the tail (q < tau) laid end to end in id order, id i covers `[c_(i-1), c_i)`; those ids are
+    kept that cover one of `(u + k) * tau, k = 0, 1, ...`, with u the token's offset. So P(kept) =
+    q_i / tau, `E[q_hat] = q`, and the number of tail ids is within one of its mean (rest / tau).
+
+    Args:
+        logits_NV: any float type; read as float32.
+        labels_N: the sampled ids, int64.
+        tau: in (0, 1].
+        offsets_N: u, uniform in [0, 1); drives all randomness of its token.
+        temperature: divides the logits.
+
+    Raises:
+        RecipeError: tau or temperature out of range.
+        EngineError: logits that are NaN or infinite, naming the row.
+
+    Source: systematic sampling with probability proportional to size (Madow, 1949), as an
+    estimator of the teacher in forward KL; arXiv 2503.16870 is the case without a head.
+    """
+    _check_tau(tau)
+    masses = _masses(logits_NV, labels_N, temperature)
+    head = _entries_from(masses, tau * masses.total_N)
+    cum_NB = _tail_cumsum(masses, head)
+    unit_N1 = (tau * masses.total_N)[:, None]
+    most = int((cum_NB[:, -1:] / unit_N1).max()) + 1
+    k_P = torch.arange(most, device=cum_NB.device)
+    points_NP = (offsets_N.to(cum_NB)[:, None] + k_P) * unit_N1
+    counts_N, tail_ids_T = _locate(masses.e_NBW, cum_NB, points_NP)
+    return _targets(masses, head, counts_N, tail_ids_T, tau=tau)
+
+
+def fixed_sample(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    *,
+    head: int,
+    uniforms_NS: Tensor,
+    temperature: float = 1.0,
+) -> TokenTargets:
+    """The `head` largest q exactly, and S independent draws from the rest, which share its mass.
+
+    `head=0` is pure sampling (arXiv 2503.16870), S = 0 plain top-k: biased, the rest is dropped.
+    Arguments and errors are those of `threshold_sample`; `uniforms_NS` is uniform in [0, 1).
+    """
+    masses = _masses(logits_NV, labels_N, temperature)
+    entries = _largest(masses, head)
+    cum_NB = _tail_cumsum(masses, entries)
+    points_NS = uniforms_NS.to(cum_NB).sort(-1).values * cum_NB[:, -1:]
+    counts_N, tail_ids_T = _locate(masses.e_NBW, cum_NB, points_NS)
+    return _targets(masses, entries, counts_N, tail_ids_T, tau=None)
+
+
+@dataclass(frozen=True)
+class _Masses:
+    """`e = exp(z - max z)` in blocks; the last block is padded with zeros."""
+
+    e_NBW: Tensor
+    sums_NB: Tensor
+    total_N: Tensor
+    """float64; q = e / total"""
+    label_logp_N: Tensor
+    entropy_N: Tensor
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """Head entries in token order, by falling q within a token."""
+
+    token_M: Tensor
+    id_M: Tensor
+    logq_M: Tensor
+
+
+def _masses(logits_NV: Tensor, labels_N: Tensor, temperature: float) -> _Masses:
+    """Five passes over the logits, and the check that they are finite for nothing.
+
+    `H = log Z - sum(e * d) / Z` with `d = z - max z`: a NaN or an infinity anywhere in a row makes
+    `e * d` NaN there, and so the row's entropy.
+    """
+    if temperature <= 0:
+        raise RecipeError(f"temperature of the teacher is {temperature}; it must be above 0")
+    z_NV = logits_NV.float() if temperature == 1.0 else logits_NV.float() / temperature
+    N, V = z_NV.shape
+    d_NP = z_NV.new_empty(N, -(-V // BLOCK) * BLOCK)
+    torch.sub(z_NV, z_NV.amax(-1, keepdim=True), out=d_NP[:, :V])
+    d_NP[:, V:] = 0
+    label_d_N = d_NP.gather(-1, labels_N[:, None])[:, 0].double()
+    e_NP = d_NP.exp()
+    e_NP[:, V:] = 0
+    e_NBW = e_NP.view(N, -1, BLOCK)
+    sums_NB = e_NBW.sum(-1)
+    total_N = sums_NB.double().sum(-1)
+    moment_N = d_NP.mul_(e_NP).view(N, -1, BLOCK).sum(-1).double().sum(-1)
+    entropy_N = total_N.log() - moment_N / total_N
+    _check_finite(entropy_N)
+    return _Masses(e_NBW, sums_NB, total_N, label_d_N - total_N.log(), entropy_N.clamp(min=0))
+
+
+def _entries_from(masses: _Masses, floor_N: Tensor) -> _Entries:
+    """Entries with `e >= floor`: only blocks whose largest entry is one are looked into.
+
+    Comparing and listing all V costs as much as the softmax; a maximum a block a tenth of it.
+    """
+    floor_N = floor_N.to(masses.e_NBW)
+    token_H, block_H = (masses.e_NBW.amax(-1) >= floor_N[:, None]).nonzero(as_tuple=True)
+    entry_M, within_M = (masses.e_NBW[token_H, block_H] >= floor_N[token_H, None]).nonzero(
+        as_tuple=True
+    )
+    token_M, id_M = token_H[entry_M], block_H[entry_M] * BLOCK + within_M
+    logq_M = _logq(masses, token_M, id_M)
+    falling = logq_M.argsort(stable=True, descending=True)  # ties stay in id order
+    order = falling[token_M[falling].argsort(stable=True)]
+    return _Entries(token_M[order], id_M[order], logq_M[order])
+
+
+def _largest(masses: _Masses, head: int) -> _Entries:
+    """The `head` largest entries of each token."""
+    N = len(masses.total_N)
+    id_M = masses.e_NBW.flatten(1).topk(head, -1).indices.flatten()
+    token_M = torch.arange(N, device=id_M.device).repeat_interleave(head)
+    return _Entries(token_M, id_M, _logq(masses, token_M, id_M))
+
+
+def _logq(masses: _Masses, token_M: Tensor, id_M: Tensor) -> Tensor:
+    e_M = masses.e_NBW[token_M, id_M // BLOCK, id_M % BLOCK].double()
+    # An id of a fixed head may have underflowed; a head entry's log stays finite.
+    return (e_M.clamp(min=torch.finfo(torch.float32).tiny) / masses.total_N[token_M]).log()
+
+
+def _tail_cumsum(masses: _Masses, head: _Entries) -> Tensor:
+    """Running sum over blocks, float64, of what is left once the head is struck out (in place)."""
+    block_M = head.id_M // BLOCK
+    masses.e_NBW[head.token_M, block_M, head.id_M % BLOCK] = 0
+    # Summed anew: subtracting a head of 0.99 from its block would leave noise of 1e-7 in the tail.
+    masses.sums_NB[head.token_M, block_M] = masses.e_NBW[head.token_M, block_M].sum(-1)
+    return masses.sums_NB.double().cumsum(-1)
+
+
+def _locate(e_NBW: Tensor, cum_NB: Tensor, points_NP: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts a token and ids whose stretch of the running tail holds a point; never one of no mass.
+
+    `points_NP` rises within a token; points past the token's tail hold nothing.
+    """
+    token_T, place_T = (points_NP < cum_NB[:, -1:]).nonzero(as_tuple=True)
+    blocks_NP = torch.searchsorted(cum_NB, points_NP, right=True)
+    point_T, block_T = points_NP[token_T, place_T], blocks_NP[token_T, place_T]
+    ends_NB = F.pad(cum_NB, (1, 0))
+    start_T, end_T = ends_NB[token_T, block_T], ends_NB[token_T, block_T + 1]
+    within_TW = e_NBW[token_T, block_T].double().cumsum(-1)
+    size_T = within_TW[:, -1]
+    # A block's float32 sum and its float64 running sum differ by 1e-7 of it, so the point is
+    # carried over as a share of the block, and kept below its end.
+    local_T = (point_T - start_T) / (end_T - start_T) * size_T
+    local_T = torch.minimum(local_T, torch.nextafter(size_T, torch.zeros_like(size_T)))
+    counts_N = token_T.bincount(minlength=len(points_NP))
+    return counts_N, block_T * BLOCK + (within_TW <= local_T[:, None]).sum(-1)
+
+
+def _targets(
+    masses: _Masses, head: _Entries, tail_counts_N: Tensor, tail_ids_T: Tensor, *, tau: float | None
+) -> TokenTargets:
+    def out(x: Tensor, dtype: torch.dtype) -> np.ndarray:
+        return x.to(dtype).cpu().numpy()
+
+    return TokenTargets(
+        head_counts_N=out(head.token_M.bincount(minlength=len(tail_counts_N)), torch.int32),
+        head_ids_M=out(head.id_M, torch.int32),
+        head_logq_M=out(head.logq_M, torch.float32),
+        tail_counts_N=out(tail_counts_N, torch.int32),
+        tail_ids_T=out(tail_ids_T, torch.int32),
+        label_logp_N=out(masses.label_logp_N, torch.float32),
+        entropy_N=out(masses.entropy_N, torch.float32),
+        tau=tau,
+    )
+
+
+def _check_tau(tau: float) -> None:
+    if not 0 < tau <= 1:
+        raise RecipeError(f"tau is {tau}; a threshold on probabilities must be in (0, 1]")
+
+
+def _check_finite(entropy_N: Tensor) -> None:
+    bad = (~torch.isfinite(entropy_N)).nonzero()
+    if len(bad):
+        raise EngineError(
+            f"teacher logits hold NaN or infinity in row {int(bad[0])} ({len(bad)} of "
+            f"{len(entropy_N)} rows); check the teacher's weights and dtype"
+        )

@@ -1,0 +1,117 @@
+"""From examples to optimizer steps: packing, order and positions; knows nothing of losses.
+
+Legend: T tokens of a packed row, N targets of a packed row.
+A row holds several examples end to end; positions restart with each, which is how attention is
+kept from crossing examples. Which examples meet in which step depends on lengths and the seed
+alone, so a resumed run finds the same steps again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation's token ids and which of them are targets."""
+
+    ids_L: np.ndarray
+    """int32 token ids."""
+    mask_L: np.ndarray
+    """bool; True where the token is a target. The first token never is: nothing predicts it."""
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Several examples end to end, ready for one forward pass."""
+
+    ids_T: np.ndarray
+    positions_T: np.ndarray
+    """Position within the example; restarts at 0 with each example."""
+    source_N: np.ndarray
+    """Index in the row of the hidden state that predicts each target (one before it)."""
+    labels_N: np.ndarray
+    """The target ids."""
+    examples: tuple[int, ...]
+    """Which examples, in order."""
+    counts: tuple[int, ...]
+    """Targets of each, in the same order; they sum to N."""
+
+
+def pack(examples: Sequence[Example], indices: Sequence[int]) -> PackedRow:
+    """Lay examples end to end. Raises ValueError when a target has nothing before it."""
+    ids, positions, sources, labels = [], [], [], []
+    offset = 0
+    for example in examples:
+        targets = np.flatnonzero(example.mask_L)
+        if targets.size and targets[0] == 0:
+            raise ValueError("the first token of an example cannot be a target")
+        ids.append(example.ids_L)
+        positions.append(np.arange(len(example.ids_L)))
+        sources.append(offset + targets - 1)
+        labels.append(example.ids_L[targets])
+        offset += len(example.ids_L)
+    return PackedRow(
+        ids_T=np.concatenate(ids).astype(np.int64),
+        positions_T=np.concatenate(positions).astype(np.int64),
+        source_N=np.concatenate(sources).astype(np.int64),
+        labels_N=np.concatenate(labels).astype(np.int64),
+        examples=tuple(indices),
+        counts=tuple(len(targets) for targets in labels),
+    )
+
+
+def epoch_order(count: int, *, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of `count` examples from (seed, epoch) alone."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+
+
+def plan_steps(
+    lengths: Sequence[int], order: np.ndarray, *, pack_tokens: int, batch_tokens: int
+) -> list[list[list[int]]]:
+    """Optimizer steps -> packed rows -> examples, in `order`.
+
+    A row is filled until the next example would pass `pack_tokens` (lengths are cut there first);
+    a step takes rows until it has `batch_tokens`. The last step of an epoch may be smaller.
+    """
+    rows: list[list[int]] = []
+    used = pack_tokens
+    for index in order:
+        length = min(lengths[index], pack_tokens)
+        if used + length > pack_tokens:
+            rows.append([])
+            used = 0
+        rows[-1].append(int(index))
+        used += length
+    steps: list[list[list[int]]] = []
+    size = batch_tokens
+    for row in rows:
+        if size >= batch_tokens:
+            steps.append([])
+            size = 0
+        steps[-1].append(row)
+        size += sum(min(lengths[index], pack_tokens) for index in row)
+    return steps
+
+
+def mixed_order(
+    counts: Sequence[int], weights: Sequence[float], *, seed: int, epoch: int
+) -> np.ndarray:
+    """An epoch over several sources laid end to end, by weight.
+
+    Each source is shuffled; the epoch ends when the source that lasts longest for its weight has
+    been seen once, and the rows of shorter ones are repeated to keep the shares.
+    """
+    length = max(count / weight for count, weight in zip(counts, weights, strict=True))
+    taken, offset = [], 0
+    for source, (count, weight) in enumerate(zip(counts, weights, strict=True)):
+        wanted = max(1, round(length * weight))
+        rounds = [
+            epoch_order(count, seed=seed, epoch=epoch * 1000 + source * 100 + lap)
+            for lap in range(-(-wanted // count))
+        ]
+        taken.append(np.concatenate(rounds)[:wanted] + offset)
+        offset += count
+    together = np.concatenate(taken)
+    return together[epoch_order(len(together), seed=seed + 1, epoch=epoch)]

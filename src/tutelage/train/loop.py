@@ -1,0 +1,205 @@
+"""The one training loop, for SFT and distillation alike: the objective is an argument.
+
+Losses are summed over the targets of a whole optimizer step and divided once by their count. The
+order of examples, the packing and the schedule follow from the seed and the lengths, so a run that
+was killed goes on from its checkpoint and ends with the same bits (on one CPU set-up).
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from tutelage.core.artifact import WorkDir
+from tutelage.core.errors import EngineError
+from tutelage.core.progress import Bar
+from tutelage.models.load import backbone_and_head
+from tutelage.recipe.tables import Training
+from tutelage.train import checkpoint, optim
+from tutelage.train.batches import Example, PackedRow, pack
+
+METRICS = "metrics.jsonl"
+
+
+class Objective(Protocol):
+    """A loss over the targets of a packed row."""
+
+    def __call__(self, hidden_ND: Tensor, head: "Head", row: PackedRow) -> "RowLoss": ...
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output layer: logits = hidden @ weight.T + bias, then the soft-cap where there is one."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """Summed loss of a row (with gradient) and detached sums of whatever is worth logging."""
+
+    loss_sum: Tensor
+    sums: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train on: examples by index, and each step as packed rows of indices."""
+
+    load: Callable[[int], Example]
+    name: Callable[[int], str]
+    """A row's id, for the message when a step goes wrong."""
+    steps: Sequence[Sequence[Sequence[int]]]
+
+
+class Trainee(nn.Module):
+    """Model and objective in one module, so that a distributed wrapper sees the whole forward."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self._objective = objective
+
+    def forward(self, row: PackedRow, device: torch.device) -> RowLoss:
+        """Hidden states of the row, then the objective on those that predict a target."""
+        backbone, weight, bias, softcap = backbone_and_head(self.model)
+        # No attention mask, but positions that restart: transformers derives the block mask.
+        hidden_TD = backbone(
+            input_ids=torch.from_numpy(row.ids_T).to(device)[None],
+            position_ids=torch.from_numpy(row.positions_T).to(device)[None],
+            use_cache=False,
+        ).last_hidden_state[0]
+        hidden_ND = hidden_TD.index_select(0, torch.from_numpy(row.source_N).to(device))
+        return self._objective(hidden_ND, Head(weight, bias, softcap), row)
+
+
+def train(
+    model: nn.Module, plan: Plan, objective: Objective, config: Training, work: WorkDir,
+    *, device: torch.device, label: str,
+) -> dict[str, float]:  # fmt: skip
+    """Train `model` in place over the plan's steps; returns the last step's averages.
+
+    Raises EngineError with the rows of the batch when the loss or a gradient is not finite.
+    """
+    accelerator = Accelerator(mixed_precision=_mixed(config.precision), cpu=device.type == "cpu")
+    optimizer = optim.adamw(model, lr=config.lr, weight_decay=config.weight_decay)
+    folder = work.scratch("checkpoints")
+    position = checkpoint.restore(folder, model, optimizer) or checkpoint.Position(0, 0, 0.0)
+    log = _Log(work.path / METRICS, position.step)
+    trainee, optimizer = accelerator.prepare(Trainee(model, objective), optimizer)
+    model.train()
+    saved = started = time.monotonic()
+    averages: dict[str, float] = {}
+    steps = plan.steps[: config.max_steps or None]
+    total = sum(len(_rows_of(step)) for step in steps)
+    seen = sum(len(_rows_of(step)) for step in steps[: position.step])
+    with work.reporter.bar(total, label, unit="examples", done=seen) as bar:
+        for number in range(position.step, len(steps)):
+            step = steps[number]
+            rows = [pack([_cut(plan.load(i), config) for i in row], row) for row in step]
+            lr = optim.cosine_lr(
+                number, steps=len(steps), lr=config.lr, min_share=config.min_lr_share,
+                warmup_share=config.warmup_share,
+            )  # fmt: skip
+            averages = _step(accelerator, trainee, optimizer, rows, lr, config, device, plan)
+            tokens = position.trained_tokens + sum(len(row.ids_T) for row in rows)
+            position = checkpoint.Position(number + 1, tokens, position.seconds)
+            log.write({"step": number + 1, "lr": lr, "tokens": tokens, **averages})
+            _show(bar, len(_rows_of(step)), averages)
+            due = time.monotonic() - saved >= config.checkpoint_minutes * 60
+            if due and number + 1 < len(steps):
+                spent = position.seconds + time.monotonic() - started
+                position = checkpoint.Position(number + 1, tokens, spent)
+                checkpoint.save(folder, model, _inner(optimizer), position)
+                log.flush()
+                saved = started = time.monotonic()
+    log.close()
+    model.eval()
+    work.commit(
+        "train", seconds=position.seconds + time.monotonic() - started,
+        tokens={"trained": position.trained_tokens},
+    )  # fmt: skip
+    return averages
+
+
+def _step(
+    accelerator: Accelerator, trainee: nn.Module, optimizer: Any, rows: Sequence[PackedRow],
+    lr: float, config: Training, device: torch.device, plan: Plan,
+) -> dict[str, float]:  # fmt: skip
+    """One optimizer step over its packed rows; the loss is divided once, by all its targets."""
+    targets = sum(len(row.labels_N) for row in rows)
+    sums: dict[str, float] = {}
+    for row in rows:
+        with accelerator.autocast():
+            out = trainee(row, device)
+        loss = out.loss_sum / max(1, targets)
+        _check_finite(float(loss.detach()), "loss", [row], plan)
+        accelerator.backward(loss)
+        for name, value in {"loss": out.loss_sum.detach(), **out.sums}.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    clipped = accelerator.clip_grad_norm_(trainee.parameters(), config.clip_norm)
+    assert clipped is not None  # only under DeepSpeed
+    norm = float(clipped)
+    _check_finite(norm, "gradient", rows, plan)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {name: value / max(1, targets) for name, value in sums.items()} | {"grad_norm": norm}
+
+
+def _check_finite(value: float, what: str, rows: Sequence[PackedRow], plan: Plan) -> None:
+    if not math.isfinite(value):
+        names = [plan.name(index) for row in rows for index in row.examples]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise EngineError(f"the {what} is {value}; look at these rows or lower lr: {shown}")
+
+
+def _cut(example: Example, config: Training) -> Example:
+    return Example(example.ids_L[: config.pack_tokens], example.mask_L[: config.pack_tokens])
+
+
+def _rows_of(step: Sequence[Sequence[int]]) -> list[int]:
+    return [index for row in step for index in row]
+
+
+def _mixed(precision: str) -> str:
+    return {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision]
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _show(bar: Bar, examples: int, averages: Mapping[str, float]) -> None:
+    bar.note("  ".join(f"{k} {v:.3f}" for k, v in averages.items()))
+    bar.advance(examples)
+
+
+class _Log:
+    """`metrics.jsonl`, one line a step; on resume, lines past the checkpoint are dropped."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = path.read_text().splitlines()[:step] if path.exists() else []
+        path.write_text("".join(line + "\n" for line in kept))
+        self._stream = path.open("a")
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        rounded = {k: round(v, 6) if isinstance(v, float) and k != "lr" else v
+                   for k, v in entry.items()}  # fmt: skip
+        self._stream.write(json.dumps(rounded) + "\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()

@@ -1,0 +1,17 @@
+"""What tests share: the bundled model, fetched and converted once a machine."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the Hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes of two threads each fight for cores
+
+
+@pytest.fixture(scope="session")
+def smol_dir() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face directory."""
+    from tutelage.models import catalog
+
+    return catalog.pull("smollm2-135m-instruct")
