@@ -122,9 +122,8 @@ def _check_references(name: str, step: Step, nodes: Mapping[str, Node]) -> None:
         if to not in nodes:
             raise RecipeError(f"{place}: no step or model {to!r}{_nearest(to, nodes)}")
         if kind not in ("any", nodes[to].produces):
-            raise RecipeError(
-                f"{place}: needs {KIND_NAMES[kind]}, but {to!r} is a {nodes[to].stage} step"
-            )
+            found = f"of stage {nodes[to].stage}" if nodes[to].step else "a model"
+            raise RecipeError(f"{place}: needs {KIND_NAMES[kind]}, but {to!r} is {found}")
 
 
 def _with_ancestors(node: Node, nodes: Mapping[str, Node]) -> Node:

@@ -23,6 +23,7 @@ from tutelage.core.provenance import provenance
 from tutelage.data.identity import data_identity
 from tutelage.graph import Node, build, identities
 from tutelage.models import source as models
+from tutelage.models.inspect import ModelFacts
 from tutelage.recipe.load import Variant
 from tutelage.recipe.tables import Data, Step
 from tutelage.store import Store
@@ -140,20 +141,28 @@ def _check_vocabularies(nodes: Sequence[Node], outside: Mapping[str, models.Exte
         return name
 
     for node in nodes:
-        teacher = node.inputs.get("teacher")
-        if node.stage not in ("score", "evaluate") or teacher is None:
+        if node.stage not in ("score", "evaluate", "distill"):
             continue
+        read = by_name[node.inputs["targets"]] if node.stage == "distill" else node
+        teacher = read.inputs["teacher"]
         students = [name for role, name in node.inputs.items() if role.startswith("models.")]
+        if node.stage == "distill":
+            students.append(node.inputs["model"])
         if "rollouts" in node.inputs:
             students.append(by_name[node.inputs["rollouts"]].inputs["model"])
         for student in students:
             left, right = outside[root(teacher)].facts, outside[root(student)].facts
-            if left and right and left.tokenizer_digest != right.tokenizer_digest:
+            if left and right and _vocabulary(left) != _vocabulary(right):
                 raise ModelError(
                     f"steps.{node.name}: {root(student)} and its teacher {root(teacher)} have "
                     f"different vocabularies ({right.vocab_size:,} and {left.vocab_size:,} ids); "
                     "distillation by token needs one tokenizer: take a teacher of the same family"
                 )
+
+
+def _vocabulary(facts: ModelFacts) -> tuple[str | None, int]:
+    """Ids and how many logits there are: padded to other sizes, two models cannot be compared."""
+    return facts.tokenizer_digest, facts.vocab_size
 
 
 def run(
@@ -172,15 +181,22 @@ def run(
     for node in build(variants, until=until):
         if node.source:
             models.fetch(node.source, say=reporter.say)
-    planned = {p.node.name: p for p in plan(variants, store, until=until)}
-    files.write_json(
-        store.run_folder(recipe.name) / "recipe.json",
-        {v.label or recipe.name: v.recipe.model_dump(mode="json") for v in variants},
-    )
-    state = _Run(recipe.name, store, reporter, recipe.runtime.device, planned)
-    waiting = list(planned)
-    while waiting:
-        waiting = _pass(state, waiting)
+    try:
+        planned = {p.node.name: p for p in plan(variants, store, until=until)}
+        files.write_json(
+            store.run_folder(recipe.name) / "recipe.json",
+            {v.label or recipe.name: v.recipe.model_dump(mode="json") for v in variants},
+        )
+        state = _Run(recipe.name, store, reporter, recipe.runtime.device, planned)
+        waiting = list(planned)
+        while waiting:
+            waiting = _pass(state, waiting)
+    except OSError as error:  # between the steps: a lock, the run's own record
+        if files.is_disk_full(error):
+            raise ArtifactError(
+                f"{store.root}: the disk is full; make room and run again: finished steps are kept"
+            ) from error
+        raise
     return Result(state.artifacts, tuple(state.made), time.monotonic() - started)
 
 

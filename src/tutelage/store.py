@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tutelage.core.artifact import MANIFEST, Artifact, open_artifact
+from tutelage.core.artifact import MANIFEST, Artifact, open_artifact, tidy
 from tutelage.core.errors import ArtifactError
 from tutelage.core.files import write_json
 
@@ -25,7 +25,10 @@ class Store:
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
         """The finished artifact, or None. Raises ArtifactError when it is there but damaged."""
         place = self.place(stage, fingerprint)
-        return open_artifact(place) if (place / MANIFEST).exists() else None
+        if not (place / MANIFEST).exists():
+            return None
+        tidy(place)
+        return open_artifact(place)
 
     def partial(self, stage: str, fingerprint: str) -> Path:
         """Where its work happens until it is finished."""

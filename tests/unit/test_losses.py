@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tutelage.core.errors import DataError, RecipeError
+from tutelage.targets.batch import pad_targets
 from tutelage.targets.estimator import threshold_sample
 from tutelage.targets.schema import TokenTargets
 from tutelage.train.losses import (
@@ -258,19 +259,8 @@ def test_a_planted_bias_of_two_per_cent_is_caught(
 
 def from_store(targets: TokenTargets, labels_N: Tensor) -> SparseTarget:
     """Ragged targets of the store, padded."""
-    heads, tails = targets.head_counts_N, targets.tail_counts_N
-    width = int((heads + tails).max())
-    ids_NK, q_NK = np.zeros((len(heads), width), np.int64), np.zeros((len(heads), width))
-    places_K = np.arange(width)
-    head_NK = places_K < heads[:, None]
-    tail_NK = ~head_NK & (places_K < (heads + tails)[:, None])
-    ids_NK[head_NK], ids_NK[tail_NK] = targets.head_ids_M, targets.tail_ids_T
-    q_NK[head_NK], q_NK[tail_NK] = np.exp(targets.head_logq_M), targets.tau
-    tensor = torch.from_numpy
-    return SparseTarget(
-        tensor(ids_NK), tensor(q_NK), tensor(head_NK), tensor(head_NK | tail_NK), labels_N,
-        tensor(targets.label_logp_N).double(), tensor(targets.entropy_N).double(),
-    )  # fmt: skip
+    padded = {name: torch.from_numpy(array) for name, array in vars(pad_targets([targets])).items()}
+    return SparseTarget(label_ids_N=labels_N, **padded)  # type: ignore[arg-type]
 
 
 def test_targets_of_the_real_estimator_average_to_the_whole_vocabulary() -> None:

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tutelage.core import hashes
 from tutelage.core.errors import EngineError, ModelError
 from tutelage.models import inspect, load, prune, source
 from tutelage.models.convert import is_converted
@@ -161,8 +162,8 @@ def test_an_unchanged_file_is_hashed_once(
     memo = tmp_path / "memo.json"
     before = inspect.content_digest(copy, cache=memo)
     hashed: list[str] = []
-    real = inspect.sha256_file
-    monkeypatch.setattr(inspect, "sha256_file", lambda f: hashed.append(f.name) or real(f))
+    real = hashes.sha256_file
+    monkeypatch.setattr(hashes, "sha256_file", lambda f: hashed.append(f.name) or real(f))
     assert inspect.content_digest(copy, cache=memo) == before
     assert hashed == []
     os.utime(copy / "config.json", ns=(1, 1))

@@ -41,7 +41,7 @@ def run(
     """One row a size (D, V) and variant: seconds, peak MiB, and both as ratios to the others.
 
     `time_vs_ce` and `memory_vs_ce` divide by fused cross-entropy, `*_vs_naive` by the naive KL.
-    The naive variant needs about 5 * N * V * 4 bytes: 12 GB at the larger size.
+    The naive variant needs about 6 * N * V * 4 bytes: 15 GB at the larger size.
     """
     rows: list[dict[str, float | int | str]] = []
     for dim, vocab in sizes:

@@ -21,7 +21,9 @@ def plan_table(
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("step", "stage", "status", "why", "tokens", "minutes", "disk", "memory"):
         right = name in ("tokens", "minutes", "disk", "memory")
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
+        table.add_column(
+            name, justify="right" if right else "left", no_wrap=name != "why", overflow="fold"
+        )
     total, unknown = 0.0, False
     for item in planned:
         cost = estimates[item.node.name]
@@ -73,15 +75,15 @@ def run_table(console: Console, name: str, artifacts: Mapping[str, Artifact]) ->
     """A run's finished steps with their costs."""
     table = Table(box=None, pad_edge=False, header_style="bold", title=f"run {name}",
                   title_justify="left")  # fmt: skip
-    for head in ("step", "stage", "seconds", "tokens", "peak memory", "disk", "summary"):
-        right = head in ("seconds", "tokens", "peak memory", "disk")
-        table.add_column(head, justify="right" if right else "left", overflow="fold")
+    for head in ("step", "stage", "seconds", "tokens", "memory", "disk", "finished"):
+        right = head in ("seconds", "tokens", "memory", "disk")
+        table.add_column(head, justify="right" if right else "left", no_wrap=True)
     for step, artifact in artifacts.items():
         manifest = artifact.manifest
         table.add_row(
             step, artifact.stage, f"{manifest['seconds']:,.1f}",
             f"{sum(manifest['tokens'].values()):,}", size(manifest["peak_memory_bytes"]),
-            size(_bytes(artifact)), summary(artifact.summary),
+            size(_bytes(artifact)), manifest["finished"],
         )  # fmt: skip
     console.print(table)
     seconds = sum(artifact.manifest["seconds"] for artifact in artifacts.values())
@@ -139,11 +141,6 @@ def finished(console: Console, result: Result, name: str, store: Path) -> None:
             f"next: tutelage show --store {store}, tutelage chat STEP --store {store}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
-
-
-def summary(values: Mapping[str, Any]) -> str:
-    """A stage's figures on one line."""
-    return "  ".join(f"{key} {_value(value)}" for key, value in values.items())
 
 
 def size(count: float) -> str:

@@ -69,16 +69,16 @@ def open_artifact(path: Path) -> Artifact:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        listed = manifest["files"]
+        listed = {name: entry["bytes"] for name, entry in manifest["files"].items()}
     except FileNotFoundError:
         raise ArtifactError(f"{path} is not a finished artifact: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"{path / MANIFEST} cannot be read ({error}); `tutelage verify --repair` removes "
             "the damaged artifact so that the next run makes it again"
         ) from None
-    for name, entry in listed.items():
-        _check_size(path / name, entry["bytes"])
+    for name, size in listed.items():
+        _check_size(path / name, size)
     return Artifact(path, manifest)
 
 
@@ -104,9 +104,7 @@ def verify(artifact: Artifact) -> list[str]:
             continue
         if files.sha256_file(path) != entry["sha256"]:
             problems.append(f"{path} has other contents than when it was made")
-    extra = {p.relative_to(artifact.path).as_posix() for p in _files_below(artifact.path)} - {
-        MANIFEST, *artifact.manifest["files"]
-    }  # fmt: skip
+    extra = set(_results_below(artifact.path)) - set(artifact.manifest["files"])
     problems += [f"{artifact.path / name} does not belong to it" for name in sorted(extra)]
     if fingerprint(artifact.manifest["identity"]) != artifact.fingerprint:
         problems.append(f"{artifact.path / MANIFEST} does not match its own identity")
@@ -175,15 +173,9 @@ def finish(
     summary: Mapping[str, Any], provenance: Mapping[str, Any], peak_memory_bytes: int,
 ) -> Artifact:  # fmt: skip
     """Turn a work folder into the artifact at `final`: fsync, manifest last, one `os.replace`."""
-    shutil.rmtree(work.path / SCRATCH, ignore_errors=True)
-    tokens, seconds = work.tokens(), work.seconds()
-    (work.path / LEDGER).unlink(missing_ok=True)
     listed = {}
-    for path in sorted(_files_below(work.path)):
-        if path.name == MANIFEST and path.parent == work.path:
-            continue
+    for name, path in _results_below(work.path).items():
         files.fsync(path)
-        name = path.relative_to(work.path).as_posix()
         listed[name] = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
     manifest = {
         "format": FORMAT,
@@ -192,8 +184,8 @@ def finish(
         "identity": identity,
         "inputs": inputs,
         "summary": summary,
-        "tokens": tokens,
-        "seconds": round(seconds, 3),
+        "tokens": work.tokens(),
+        "seconds": round(work.seconds(), 3),
         "peak_memory_bytes": peak_memory_bytes,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "provenance": provenance,
@@ -201,13 +193,31 @@ def finish(
         "files": listed,
     }
     files.write_json(work.path / MANIFEST, manifest)
+    shutil.rmtree(final, ignore_errors=True)  # what a removal that was cut short left: no manifest
     os.replace(work.path, final)
     files.fsync(final.parent)
+    tidy(final)
     return open_artifact(final)
 
 
-def _files_below(path: Path) -> list[Path]:
-    return [p for p in path.rglob("*") if p.is_file()]
+def tidy(path: Path) -> None:
+    """Remove from a finished artifact what only its making needed.
+
+    After the rename, not before: a kill in between would leave a ledger whose checkpoints are gone.
+    """
+    if (path / LEDGER).exists() or (path / SCRATCH).exists():
+        (path / LEDGER).unlink(missing_ok=True)
+        shutil.rmtree(path / SCRATCH, ignore_errors=True)
+
+
+def _results_below(path: Path) -> dict[str, Path]:
+    """Every file of a result by its name in it: all but the manifest and what `tidy` removes."""
+    found = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}
+    return {
+        name: file
+        for name, file in found.items()
+        if name not in (MANIFEST, LEDGER) and not name.startswith(f"{SCRATCH}/")
+    }
 
 
 def measure_peak() -> Callable[[], int]:

@@ -32,7 +32,11 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
         lines: list[str] = []
         for key in sorted({*old, *new}):
             place = f"{path}.{key}" if path else str(key)
-            lines += differences(old.get(key), new.get(key), place)
+            if key in old and key in new:
+                lines += differences(old[key], new[key], place)
+            else:
+                left = _short(old[key]) if key in old else "absent"
+                lines.append(f"{place}: {left} -> {_short(new[key]) if key in new else 'absent'}")
         return lines
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [
@@ -40,7 +44,12 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
             for index, (left, right) in enumerate(zip(old, new, strict=True))
             for line in differences(left, right, f"{path}[{index}]")
         ]
-    return [] if old == new else [f"{path}: {_short(old)} -> {_short(new)}"]
+    # Not `==`: to it 1, 1.0 and True are one, and they are three identities.
+    return (
+        []
+        if canonical_json(old) == canonical_json(new)
+        else [f"{path}: {_short(old)} -> {_short(new)}"]
+    )
 
 
 def _short(value: Any) -> str:

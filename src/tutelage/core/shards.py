@@ -38,11 +38,12 @@ def run_shards(
     returns how many of each kind it cost. `tokens_each` is the most an item can take: the bar runs
     over tokens, and jumps where answers end early.
     """
-    with work.reporter.bar(count * tokens_each, label, unit="tokens") as bar:
-        for shard in shards(count, rows):
-            end = shard.items.stop * tokens_each
-            if not work.done(shard.name):
-                started = time.monotonic()
-                tokens = make(shard, bar.advance)
-                work.commit(shard.name, seconds=time.monotonic() - started, tokens=tokens)
-            bar.advance(end - bar.done)
+    todo = [shard for shard in shards(count, rows) if not work.done(shard.name)]
+    # Shards are made in order, so what is done comes first; counted as such, it is not in the rate.
+    done = (count - sum(len(shard.items) for shard in todo)) * tokens_each
+    with work.reporter.bar(count * tokens_each, label, unit="tokens", done=done) as bar:
+        for shard in todo:
+            started = time.monotonic()
+            tokens = make(shard, bar.advance)
+            work.commit(shard.name, seconds=time.monotonic() - started, tokens=tokens)
+            bar.advance(shard.items.stop * tokens_each - bar.done)

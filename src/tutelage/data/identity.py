@@ -1,12 +1,12 @@
 """What a data step's sources hold, by content: so that a changed file is a different step."""
 
 import glob
-import json
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
 from tutelage.core.errors import DataError
-from tutelage.core.files import sha256_file, write_json
+from tutelage.core.hashes import remembered_sha256
 from tutelage.recipe.tables import Data, DataSource
 
 BUNDLED_PROMPTS = Path(__file__).with_name("prompts.jsonl")
@@ -38,21 +38,15 @@ def data_identity(step: Data, *, memo: Path) -> dict[str, Any]:
 
 def _identity(source: DataSource, memo: Path) -> dict[str, Any]:
     if source.source.startswith("task:"):
-        return {"task": source.source}
+        return {"task": source.source, "reasoning_gym": _version("reasoning-gym")}
     if source.source.startswith("hub:"):
         return {"hub": source.source, "revision": source.revision or "main"}
-    return {"sha256": [remembered_sha256(path, memo) for path in source_files(source)]}
+    return {"sha256": list(remembered_sha256(source_files(source), memo).values())}
 
 
-def remembered_sha256(path: Path, memo: Path) -> str:
-    """sha256 of a file, not read again while its path, size and time of change stay the same."""
-    state = path.stat()
-    key = f"{path.resolve()}:{state.st_size}:{state.st_mtime_ns}"
+def _version(package: str) -> str:
+    """The version of the package that makes the rows: another one may make others."""
     try:
-        known = json.loads(memo.read_text())
-    except (OSError, ValueError):  # no memo yet, or a damaged one: it only saves time
-        known = {}
-    if key not in known:
-        known = {**known, key: sha256_file(path)}
-        write_json(memo, known)
-    return known[key]
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"

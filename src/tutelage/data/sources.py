@@ -72,23 +72,31 @@ def _parsed(text: bytes) -> dict[str, Any] | UnreadableRow:
         row = json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
         return UnreadableRow(f"not UTF-8 at byte {error.start}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: thousands of open brackets
         return UnreadableRow(f"not JSON: {error}")
-    return row if isinstance(row, dict) else UnreadableRow("not a JSON object")
+    return _checked(row)
+
+
+def _checked(row: Any) -> dict[str, Any] | UnreadableRow:
+    """The row, if it is an object whose text can be stored as UTF-8."""
+    if not isinstance(row, dict):
+        return UnreadableRow("not a JSON object")
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:  # "\ud83d" alone is legal JSON and no character
+        return UnreadableRow("has half a character (a lone surrogate)")
+    return row
 
 
 def _json(path: Path) -> Iterator[Row]:
     try:
         rows = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}") from error
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a JSON list of rows; for one row a line use .jsonl")
     for number, row in enumerate(rows, 1):
-        yield (
-            f"{path.name}[{number}]",
-            row if isinstance(row, dict) else UnreadableRow("not a JSON object"),
-        )
+        yield f"{path.name}[{number}]", _checked(row)
 
 
 def _delimited(path: Path) -> Iterator[Row]:

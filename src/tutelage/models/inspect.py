@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.core.errors import ModelError
-from tutelage.core.files import is_disk_full, sha256_file, write_json
 from tutelage.core.fingerprint import fingerprint
+from tutelage.core.hashes import remembered_sha256
 from tutelage.text.tokenizer import tokenizer_digest
 
 INDEX = "model.safetensors.index.json"
@@ -185,39 +185,11 @@ def content_digest(path: Path, *, cache: Path) -> str:
         files = sorted({file for pattern in CONTENT_PATTERNS for file in path.glob(pattern)})
     if not files:
         raise ModelError(f"{path} holds no model; check the path")
-    known = _remembered(cache)
-    keys = {file: _memo_key(file) for file in files}
-    fresh = {key: sha256_file(file) for file, key in keys.items() if key not in known}
-    if fresh:
-        _remember(cache, fresh)
-    digests = {**known, **fresh}
+    digests = remembered_sha256(files, cache)
     # A single file counts by content alone: it may be renamed freely.
     if path.is_file():
-        return digests[keys[path]]
-    return fingerprint({file.name: digests[key] for file, key in keys.items()})
-
-
-def _memo_key(file: Path) -> str:
-    state = file.stat()
-    return f"{file.resolve()}:{state.st_size}:{state.st_mtime_ns}"
-
-
-def _remembered(cache: Path) -> dict[str, str]:
-    try:
-        known = json.loads(cache.read_text())
-    except (OSError, ValueError):  # none yet, or a damaged one: it only saves time
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _remember(cache: Path, fresh: Mapping[str, str]) -> None:
-    try:
-        # Read again: another process may have added entries while we were hashing.
-        write_json(cache, {**_remembered(cache), **fresh})
-    except OSError as error:
-        if not is_disk_full(error):  # a read-only place is no reason to stop: it only saves time
-            return
-        raise
+        return digests[path]
+    return fingerprint({file.name: digest for file, digest in digests.items()})
 
 
 def _header(file: Path) -> dict[str, _Tensor]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from tutelage.core.artifact import Artifact
 from tutelage.core.errors import EngineError, ModelError
@@ -21,6 +22,8 @@ from tutelage.core.files import write_json
 from tutelage.models.gguf_file import one_line, read_gguf_model, read_gguf_tokenizer
 from tutelage.models.inspect import read_config, weight_files
 from tutelage.text import tokenizer as text_tokenizer
+
+transformers_logging.disable_progress_bar()  # a step has one bar, ours
 
 SHARD_SIZE = "2GB"
 TOKENIZER_PATTERNS = (

@@ -80,11 +80,11 @@ def _with(raw: dict[str, Any], key: str, value: Any, place: str) -> dict[str, An
     below = raw.get(head, {})
     if head not in raw and head in ("steps", "models"):
         raise RecipeError(f"{place}: the recipe has no [{head}]")
+    if not isinstance(below, dict):
+        raise RecipeError(f"{place}: {head} is not a table")
     name = rest.partition(".")[0]
     if head in ("steps", "models") and name not in below:
         raise RecipeError(f"{place}: no {head[:-1]} named {name!r}{_nearest(name, below)}")
-    if not isinstance(below, dict):
-        raise RecipeError(f"{place}: {head} is not a table")
     return {**raw, head: _with(below, rest, value, place)}
 
 
@@ -102,8 +102,10 @@ def _anchored(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         if not isinstance(table, dict) or not isinstance(table.get("source"), str):
             return table
         source = Path(table["source"]).expanduser()
-        is_local = not source.is_absolute() and (
-            table["source"].startswith((".", "~")) or (folder / source).exists()
+        is_local = (
+            table["source"].startswith((".", "~"))
+            or (folder / source).exists()
+            or (":" not in table["source"] and any(sign in table["source"] for sign in "*?["))
         )
         return {**table, "source": str(folder / source)} if is_local else table
 
@@ -138,7 +140,7 @@ def _seeded(step: Any, seed: Any) -> Any:
     """The recipe's seed is the default of every step that has one."""
     if not isinstance(step, dict) or "seed" in step:
         return step
-    kind = STEP_TYPES.get(step.get("stage", ""))
+    kind = STEP_TYPES.get(str(step.get("stage", "")))
     return {**step, "seed": seed} if kind and "seed" in kind.model_fields else step
 
 

@@ -26,6 +26,8 @@ AnyRef = Annotated[str, Reads("any")]
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""What every generator takes; the random streams of numpy refuse a negative one."""
 Mode = Literal["reasoning", "fast"]
 
 
@@ -132,7 +134,7 @@ class Data(Step):
     """Rows kept after the shuffle; 0 keeps all."""
     max_bad_share: Share = 0.01
     """More malformed rows than this stop the step; fewer are set aside in `quarantine.jsonl`."""
-    seed: int
+    seed: Seed
 
 
 class Sampling(Step):
@@ -147,7 +149,7 @@ class Sampling(Step):
     shard_rows: PositiveInt = 64
     """Answers a shard; a crash costs at most one shard."""
     batch_rows: PositiveInt = 32
-    seed: int
+    seed: Seed
 
 
 class Synthesize(Sampling):
@@ -186,7 +188,7 @@ class Score(Step):
     shard_rows: PositiveInt = 64
     logit_chunk_mb: PositiveInt = 128
     """Memory of the one chunk of logits that is alive at a time."""
-    seed: int
+    seed: Seed
 
 
 class Training(Step):
@@ -210,7 +212,7 @@ class Training(Step):
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
     """Save a checkpoint this often; 0 after every step."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    seed: int
+    seed: Seed
 
 
 class Sft(Training):
@@ -219,8 +221,8 @@ class Sft(Training):
     stage: Literal["sft"]
     data: Annotated[tuple[ConversationsRef, ...], Field(min_length=1)]
     mixture: tuple[Annotated[float, Field(gt=0)], ...] = ()
-    """One weight per data step, as shares of the rows seen; left out, every row is seen once an
-    epoch. The rows of a step that runs out are repeated."""
+    """One weight per data step, as shares of the rows seen: an epoch sees every row of the first
+    step once and as many of the others as their weights ask for. Left out: every row once."""
 
     @model_validator(mode="before")
     @classmethod
@@ -271,7 +273,7 @@ class Evaluate(Step):
     batch_rows: PositiveInt = 32
     bootstrap: PositiveInt = 2000
     """Resamples of the held-out prompts behind an interval."""
-    seed: int
+    seed: Seed
 
 
 class Export(Step):
@@ -315,7 +317,7 @@ class Recipe(Table):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     description: str = ""
-    seed: int = 0
+    seed: Seed = 0
     runtime: Runtime = Runtime()
     models: dict[str, ModelSource]
     steps: dict[str, AnyStep]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 
 from tutelage.core.artifact import Artifact, WorkDir
 from tutelage.core.errors import DataError
@@ -45,7 +46,7 @@ def run(config: Data, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[str
     write_rows(work.path / "conversations.parquet", _with_unique_ids(kept), CONVERSATIONS)
     if bad:
         write_text(work.path / QUARANTINE, "".join(json.dumps(row) + "\n" for row in bad))
-        work.reporter.say(f"  {len(bad)} bad rows set aside, first: {_line(bad[0])}")
+        work.reporter.say(f"  {len(bad)} bad rows set aside, first: {escape(_line(bad[0]))}")
     work.commit("rows", seconds=time.monotonic() - started, tokens={})
     return {"rows": len(kept), "read": len(good) + len(bad), "bad": len(bad)}
 
@@ -94,7 +95,12 @@ def _is_in_part(row: Mapping[str, Any], config: Data) -> bool:
 
 
 def _with_unique_ids(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    taken = {row["id"] for row in rows}
     for row in rows:
-        count = seen[row["id"]] = seen.get(row["id"], 0) + 1
-        yield row if count == 1 else {**row, "id": f"{row['id']}#{count}"}
+        count = counts[row["id"]] = counts.get(row["id"], 0) + 1
+        name = row["id"] if count == 1 else f"{row['id']}#{count}"
+        while count > 1 and name in taken:  # some other row is called so by itself
+            name += "#"
+        taken.add(name)
+        yield {**row, "id": name}

@@ -21,9 +21,10 @@ def run(config: Distill, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[
 
     Raises ArtifactError when the store was made with another tokenizer or chat template.
     """
-    spec = loss_spec(config)  # a loss that cannot be raises before any weight is read
-    loaded = load_for_training(inputs["model"], device=work.device)
     reader = TargetReader(inputs["targets"].shards())
+    temperature = reader.meta.temperature
+    spec = loss_spec(config, temperature=temperature)  # one that cannot be raises first
+    loaded = load_for_training(inputs["model"], device=work.device)
     check_compatible(
         reader.meta, tokenizer=tokenizer_digest(loaded.directory),
         vocab_size=loaded.model.config.vocab_size,
@@ -43,7 +44,7 @@ def run(config: Distill, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[
         load=lambda index: _example(rows[index], config.first_tokens),
         name=lambda index: rows[index].id, steps=steps,
     )  # fmt: skip
-    objective = Distillation(spec, lambda index: rows[index].targets)
+    objective = Distillation(spec, temperature, lambda index: rows[index].targets)
     last = train(loaded.model, plan, objective, config, work, device=loaded.device, label="distill")
     save_student(loaded, work.path / "model")
     return {

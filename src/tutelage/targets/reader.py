@@ -1,93 +1,220 @@
-"""Reading target shards: a row group at a time, each one checked against its checksum."""
+"""Reads a store of target shards: by row, in stored order, or shuffled with locality.
+
+Owns the verification of what is on disk, the shuffle order and the cache of decoded row groups;
+knows nothing of losses or batches.
+"""
 
 import json
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tutelage.core.errors import ArtifactError
-from tutelage.targets.schema import StoreMeta, TargetRow, TokenTargets
-from tutelage.targets.writer import CHECKSUMS_KEY, META_KEY, checksum
+from tutelage.targets.codec import from_table
+from tutelage.targets.group import TargetGroup, starts
+from tutelage.targets.schema import StoreMeta, TargetRow
+from tutelage.targets.writer import GROUPS_KEY, META_KEY, RowGroup, checksum
+
+WINDOW = 8
+"""Row groups that are shuffled together and held decoded: at 17 ids a token about 60 MB."""
+
+# What Arrow, JSON and numpy raise when the bytes are not what the format says.
+FOREIGN = (pa.ArrowException, OSError, KeyError, ValueError, TypeError, IndexError)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What a reading with `skip_damaged` leaves out."""
+
+    path: Path
+    row_group: int | None
+    """None = the whole file: its footer cannot be read"""
+    rows: int | None
+    """None = not known"""
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Located:
+    path: Path
+    index: int
+    info: RowGroup
+
+
+@dataclass(frozen=True)
+class _Footer:
+    meta: StoreMeta
+    groups: list[_Located]
 
 
 class TargetReader:
-    """The rows of a store's shards, in order; `meta` tells where they come from.
+    """The rows of one or more shards, numbered in the order of `paths`.
 
-    Raises ArtifactError naming the file when one is no target shard, is cut short, or was made
-    under other metadata than the first.
+    A row group is checked against its checksum each time it is read from disk. Files are
+    memory-mapped and closed again, so a store may have any number of shards.
+
+    Args:
+        paths: shards of one store.
+        skip_damaged: check everything now and leave out what is damaged: it is listed in
+            `damaged`, and neither counted by `len` nor part of an order.
+
+    Raises:
+        ArtifactError: no shard, or shards of differing origin; without `skip_damaged` also a file
+            that is not a whole shard and, once read, a row group that is not as it was written.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        if not paths:
-            raise ArtifactError("a target store without a file; score again")
-        self.paths = tuple(paths)
-        self.metas = [_meta(path) for path in paths]
-        self.meta = self.metas[0]
-        for path, meta in zip(self.paths, self.metas, strict=True):
-            if meta != self.meta:
-                raise ArtifactError(f"{path} was made under other settings than {self.paths[0]}")
+    def __init__(self, paths: Sequence[Path], *, skip_damaged: bool = False) -> None:
+        self.damaged: list[Damage] = []
+        self._cache: OrderedDict[int, TargetGroup] = OrderedDict()
+        footers: dict[Path, _Footer] = {}
+        for path in paths:
+            try:
+                footers[path] = _read_footer(path)
+            except ArtifactError as error:
+                if not skip_damaged:
+                    raise
+                self.damaged.append(Damage(path, None, None, str(error)))
+        if not footers:
+            raise ArtifactError(f"no readable target shard among {len(paths)} files")
+        self.meta = _common(footers)
+        groups = [group for footer in footers.values() for group in footer.groups]
+        self._groups = self._sound(groups) if skip_damaged else groups
+        self._row_starts = starts(np.array([g.info.rows for g in self._groups], np.int64))
+        self.num_tokens = sum(group.info.tokens for group in self._groups)
+        """Response tokens"""
+
+    def _sound(self, groups: list[_Located]) -> list[_Located]:
+        sound = []
+        for group in groups:
+            try:
+                with _mapped(group) as source:
+                    _verify(source, group, self.meta)
+            except ArtifactError as error:
+                damage = Damage(group.path, group.index, group.info.rows, str(error))
+                self.damaged.append(damage)
+            else:
+                sound.append(group)
+        return sound
 
     def __len__(self) -> int:
-        return sum(pq.read_metadata(path).num_rows for path in self.paths)
+        return int(self._row_starts[-1])
 
     def __iter__(self) -> Iterator[TargetRow]:
-        """Every row. Raises ArtifactError naming file and row group where the contents differ."""
-        for path in self.paths:
-            with _open(path) as file:
-                sums = json.loads((file.metadata.metadata or {})[CHECKSUMS_KEY])
-                for group in range(file.num_row_groups):
-                    yield from _rows(_read_group(path, file, group, sums[group]), self.meta.tau)
+        """Every row in stored order."""
+        for index in range(self.num_groups):
+            group = self.group(index)
+            yield from (group.row(i) for i in range(len(group)))
+
+    @property
+    def num_groups(self) -> int:
+        """Row groups over all shards."""
+        return len(self._groups)
+
+    def group(self, index: int) -> TargetGroup:
+        """A whole row group as flat arrays; the last WINDOW that were used stay decoded."""
+        if index in self._cache:
+            self._cache.move_to_end(index)
+            return self._cache[index]
+        group = _load(self._groups[index], self.meta)
+        self._cache[index] = group
+        if len(self._cache) > WINDOW:
+            self._cache.popitem(last=False)
+        return group
+
+    def row(self, index: int) -> TargetRow:
+        """Row `index`, 0 <= index < len, as views of its row group."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        group = int(np.searchsorted(self._row_starts, index, side="right")) - 1
+        return self.group(group).row(index - int(self._row_starts[group]))
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """A permutation of the rows (int64) from (seed, epoch) and the store's layout alone.
+
+        Row groups are shuffled, then the rows of each WINDOW of consecutive ones: reading in this
+        order decodes every row group once and holds WINDOW of them.
+        """
+        rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+        groups = rng.permutation(self.num_groups)
+        windows = [
+            rng.permutation(
+                np.concatenate(
+                    [np.arange(*self._row_starts[g : g + 2]) for g in groups[i : i + WINDOW]]
+                )
+            )
+            for i in range(0, len(groups), WINDOW)
+        ]
+        return np.concatenate([np.zeros(0, np.int64), *windows])
+
+    def iterate(self, seed: int, epoch: int, position: int = 0) -> Iterator[TargetRow]:
+        """The rows of an epoch in `order(seed, epoch)`, from `position` on."""
+        for index in self.order(seed, epoch)[position:]:
+            yield self.row(int(index))
 
 
-def _open(path: Path) -> pq.ParquetFile:
+def _read_footer(path: Path) -> _Footer:
     try:
-        return pq.ParquetFile(path, memory_map=True)
-    except (pa.ArrowException, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read as Parquet: {error}") from error
+        with pq.ParquetFile(path, memory_map=True) as file:
+            keys = file.metadata.metadata or {}
+            rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        meta = StoreMeta.from_json(keys[META_KEY].decode())
+        infos = [RowGroup(**values) for values in json.loads(keys[GROUPS_KEY])]
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+    except FOREIGN as error:
+        raise ArtifactError(f"{path} is not a whole shard of a target store: {error}") from error
+    if [info.rows for info in infos] != rows:
+        raise ArtifactError(f"{path}: its footer contradicts itself on the rows of its row groups")
+    return _Footer(meta, [_Located(path, index, info) for index, info in enumerate(infos)])
 
 
-def _meta(path: Path) -> StoreMeta:
-    with _open(path) as file:
-        footer = file.metadata.metadata or {}
-    if META_KEY not in footer or CHECKSUMS_KEY not in footer:
-        raise ArtifactError(f"{path} is no target shard: its footer lacks the store's metadata")
-    return StoreMeta.from_json(footer[META_KEY].decode())
+def _load(group: _Located, meta: StoreMeta) -> TargetGroup:
+    with _mapped(group) as source:
+        _verify(source, group, meta)
+        try:
+            table = pq.ParquetFile(source).read_row_group(group.index, use_threads=False)
+            return from_table(table, meta)
+        except FOREIGN as error:
+            raise ArtifactError(f"{_where(group)} cannot be decoded: {error}") from error
 
 
-def _read_group(path: Path, file: pq.ParquetFile, group: int, wanted: str) -> pa.Table:
+def _mapped(group: _Located) -> pa.NativeFile:
     try:
-        table = file.read_row_group(group)
-    except (pa.ArrowException, OSError) as error:
-        raise ArtifactError(f"{path}, row group {group}: cannot be read: {error}") from error
-    if checksum(table.combine_chunks()) != wanted:
-        raise ArtifactError(f"{path}, row group {group}: its contents have changed since scoring")
-    return table
+        return pa.memory_map(str(group.path))
+    except OSError as error:
+        raise ArtifactError(f"{_where(group)} cannot be read: {error}") from error
 
 
-def _rows(table: pa.Table, tau: float | None) -> Iterator[TargetRow]:
-    columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+def _verify(source: pa.NativeFile, group: _Located, meta: StoreMeta) -> None:
+    try:
+        source.seek(group.info.offset)
+        data = source.read_buffer(group.info.bytes)
+    except FOREIGN as error:
+        raise ArtifactError(f"{_where(group)} cannot be read: {error}") from error
+    if checksum(meta, data) != group.info.crc32:
+        raise ArtifactError(
+            f"{_where(group)} is damaged (its checksum differs); restore the file, score that "
+            "shard again, or read the rest with skip_damaged"
+        )
 
-    def array(name: str, index: int) -> np.ndarray:
-        return columns[name][index].values.to_numpy(zero_copy_only=False)
 
-    def text(name: str, index: int) -> Any:
-        return columns[name][index].as_py()
+def _where(group: _Located) -> str:
+    return f"{group.path}: row group {group.index} ({group.info.rows} rows)"
 
-    for index in range(table.num_rows):
-        targets = TokenTargets(
-            head_counts_N=array("head_counts", index), head_ids_M=array("head_ids", index),
-            head_logq_M=array("head_logq", index), tail_counts_N=array("tail_counts", index),
-            tail_ids_T=array("tail_ids", index), label_logp_N=array("label_logp", index),
-            entropy_N=array("teacher_entropy", index), tau=tau,
-        )  # fmt: skip
-        yield TargetRow(
-            id=text("id", index), prompt_id=text("prompt_id", index),
-            source=text("source", index), mode=text("mode", index),
-            finish_reason=text("finish_reason", index), verdict=text("verdict", index),
-            prompt_ids=array("prompt_ids", index), response_ids=array("response_ids", index),
-            student_logp_N=array("student_logp", index), targets=targets,
-        )  # fmt: skip
+
+def _common(footers: dict[Path, _Footer]) -> StoreMeta:
+    """The one origin of all shards, or ArtifactError naming what differs where."""
+    (first_path, first), *others = footers.items()
+    for path, footer in others:
+        wanted = asdict(first.meta)
+        differing = [k for k, v in asdict(footer.meta).items() if v != wanted[k]]
+        if differing:
+            raise ArtifactError(
+                f"{path} and {first_path} are not of one store: {', '.join(differing)} differ"
+            )
+    return first.meta

@@ -48,6 +48,12 @@ class TokenTargets:
     """float32; entropy of the whole teacher distribution, nats"""
     tau: float | None
 
+    @classmethod
+    def empty(cls, tau: float | None) -> "TokenTargets":
+        """No token: the targets of an empty response."""
+        ints, floats = np.zeros(0, np.int32), np.zeros(0, np.float32)
+        return cls(ints, ints, floats, ints, ints, floats, floats, tau)
+
     def __len__(self) -> int:
         return len(self.head_counts_N)
 

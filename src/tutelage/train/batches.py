@@ -98,12 +98,12 @@ def plan_steps(
 def mixed_order(
     counts: Sequence[int], weights: Sequence[float], *, seed: int, epoch: int
 ) -> np.ndarray:
-    """An epoch over several sources laid end to end, by weight.
+    """An epoch over several sources laid end to end, mixed by weight.
 
-    Each source is shuffled; the epoch ends when the source that lasts longest for its weight has
-    been seen once, and the rows of shorter ones are repeated to keep the shares.
+    Every row of the first source is seen once; the others, such as replay of an earlier stage, come
+    in the share their weight gives them, each shuffled and repeated where it is too short.
     """
-    length = max(count / weight for count, weight in zip(counts, weights, strict=True))
+    length = counts[0] / weights[0]
     taken, offset = [], 0
     for source, (count, weight) in enumerate(zip(counts, weights, strict=True)):
         wanted = max(1, round(length * weight))

@@ -38,6 +38,8 @@ class Distillation:
     """`(1 - lam) * CE + lam * KD` on the stored targets of the rows that were packed."""
 
     spec: LossSpec
+    temperature: float
+    """At which the teacher's probabilities were stored."""
     targets: Callable[[int], TokenTargets]
     """The targets of an example; its first tokens are used, as many as were packed."""
 
@@ -71,11 +73,15 @@ class Distillation:
             label_ids_N=torch.from_numpy(row.labels_N).to(device),
             label_logq_N=torch.from_numpy(padded.label_logq_N).to(device),
             teacher_entropy_N=torch.from_numpy(padded.teacher_entropy_N).to(device),
+            temperature=self.temperature,
         )
 
 
-def loss_spec(config: Distill) -> LossSpec:
-    """The recipe's objective. Raises RecipeError for a combination that cannot be."""
+def loss_spec(config: Distill, *, temperature: float) -> LossSpec:
+    """The recipe's objective, at the temperature the targets were stored at.
+
+    Raises RecipeError for a combination that cannot be.
+    """
     natural = {"forward_kl": "unbiased", "policy_gradient": "sampled"}
     treatment = config.outside
     if treatment == "auto":
@@ -88,4 +94,4 @@ def loss_spec(config: Distill) -> LossSpec:
     ]  # fmt: skip
     if config.reverse_share:
         terms.append(Term("reverse_kl", "bucket", share=config.reverse_share))
-    return LossSpec(tuple(terms), lam=config.lam, ce_on=config.ce_on)
+    return LossSpec(tuple(terms), lam=config.lam, ce_on=config.ce_on, temperature=temperature)
