@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tutelage.core.fingerprint import canonical_json, differences, fingerprint
@@ -68,6 +68,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(JSON, JSON)
 def test_a_difference_is_told_exactly_when_identities_differ(left: Any, right: Any) -> None:
     assert differences(left, left) == []

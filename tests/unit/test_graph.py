@@ -97,7 +97,8 @@ def test_a_report_reads_everything_behind_the_steps_it_names(tmp_path: Path) -> 
     [
         ('targets = "targets"', 'targets = "target"',
          "steps.distilled.targets: no step or model 'target'; did you mean 'targets'?"),
-        ('data = "rows"', 'data = ["rows", "zzz"]', "steps.tuned.data: no step or model 'zzz'; known"),
+        ('data = "rows"', 'data = ["rows", "zzz"]',
+         "steps.tuned.data: no step or model 'zzz'; known"),
         ('targets = "targets"', 'targets = "rows"',
          "steps.distilled.targets: needs a score step, but 'rows' is of stage data"),
         ('rollouts = "answers"', 'rollouts = "m"',

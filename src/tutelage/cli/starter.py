@@ -113,6 +113,7 @@ formats = ["f16", "q8_0"]
 
 [steps.page]
 stage = "report"
+title = "{stem}"
 steps = ["scores", "edge"]
 """
 

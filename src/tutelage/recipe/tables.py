@@ -300,6 +300,7 @@ class Report(Step):
     produces: ClassVar[str] = "report"
     stage: Literal["report"]
     steps: Annotated[tuple[AnyRef, ...], Field(min_length=1)]
+    title: str = "report"
 
 
 AnyStep = Annotated[

@@ -47,6 +47,18 @@ def head_levels(meta: StoreMeta) -> int:
     return FULL_LEVELS if meta.tau is None else THRESHOLD_LEVELS
 
 
+def decoding(meta: StoreMeta) -> dict[str, str]:
+    """How to decode each coded column, in words that travel with the file."""
+    nats = f"(code / {NATS_SCALE})^2, nats"
+    return {
+        "head_q_code": f"q = sin(pi / 2 * code / {head_levels(meta)})^2",
+        "student_logp_code": f"student_logp = -{nats}",
+        "label_logp_code": f"label_logp = -{nats}",
+        "teacher_entropy_code": f"teacher_entropy = {nats}",
+        "tail_gaps": "tail ids of a token = running sum of its gaps",
+    }
+
+
 def arrow_schema(meta: StoreMeta) -> pa.Schema:
     """The columns of a shard; a list has an entry a token, or as many as its counts say."""
 

@@ -9,8 +9,8 @@ draws.
 Every draw is an inverse of the cumulative tail in id order. A float32 running sum is only good to
 3e-8, a third of a rare id's probability, and costs 55 us a token at V = 49,152, a float64 one 440.
 So sums are taken in blocks of W ids (5 us); running sums over the B blocks, and inside the one
-block that a point falls into, are float64. These small tensors and all indices live on the CPU, whatever
-the device: some have no float64, and the result goes to numpy.
+block that a point falls into, are float64. These small tensors and all indices live on the CPU,
+whatever the device: some have no float64, and the result goes to numpy.
 """
 
 from collections.abc import Callable

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tutelage.core.errors import ArtifactError
-from tutelage.targets.codec import from_table
+from tutelage.targets.codec import arrow_schema, from_table
 from tutelage.targets.group import TargetGroup, starts
 from tutelage.targets.schema import StoreMeta, TargetRow
 from tutelage.targets.writer import GROUPS_KEY, META_KEY, RowGroup, checksum
@@ -162,14 +162,16 @@ def _read_footer(path: Path) -> _Footer:
         with pq.ParquetFile(path, memory_map=True) as file:
             keys = file.metadata.metadata or {}
             rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            columns = file.schema_arrow
         meta = StoreMeta.from_json(keys[META_KEY].decode())
         infos = [RowGroup(**values) for values in json.loads(keys[GROUPS_KEY])]
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
     except FOREIGN as error:
         raise ArtifactError(f"{path} is not a whole shard of a target store: {error}") from error
-    if [info.rows for info in infos] != rows:
-        raise ArtifactError(f"{path}: its footer contradicts itself on the rows of its row groups")
+    # The checksums are of row groups; a damaged footer shows in what it says of them.
+    if [info.rows for info in infos] != rows or columns != arrow_schema(meta):
+        raise ArtifactError(f"{path}: its footer is damaged, or not of a target store; restore it")
     return _Footer(meta, [_Located(path, index, info) for index, info in enumerate(infos)])
 
 
