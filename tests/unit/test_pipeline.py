@@ -130,6 +130,7 @@ class Project:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     made = Project(tmp_path)
     monkeypatch.setattr(pipeline, "_run_stage", made.stage)
+    monkeypatch.setattr(files, "fsync", lambda path: None)  # 2,000 of them; test_files.py has it
     return made
 
 

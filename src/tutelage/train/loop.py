@@ -94,7 +94,6 @@ def train(
     optimizer = optim.adamw(model, lr=config.lr, weight_decay=config.weight_decay)
     folder = work.scratch("checkpoints")
     position = checkpoint.restore(folder, model, optimizer) or checkpoint.Position(0, 0, 0.0)
-    log = _Log(work.path / METRICS, position.step)
     trainee, optimizer = accelerator.prepare(Trainee(model, objective), optimizer)
     model.train()
     saved = started = time.monotonic()
@@ -102,7 +101,10 @@ def train(
     steps = plan.steps[: config.max_steps or None]
     total = sum(len(_rows_of(step)) for step in steps)
     seen = sum(len(_rows_of(step)) for step in steps[: position.step])
-    with work.reporter.bar(total, label, unit="examples", done=seen) as bar:
+    with (
+        _Log(work.path / METRICS, position.step) as log,
+        work.reporter.bar(total, label, unit="examples", done=seen) as bar,
+    ):
         for number in range(position.step, len(steps)):
             step = steps[number]
             rows = [pack([_cut(plan.load(i), config) for i in row], row) for row in step]
@@ -122,7 +124,6 @@ def train(
                 checkpoint.save(folder, model, _inner(optimizer), position)
                 log.flush()
                 saved = started = time.monotonic()
-    log.close()
     model.eval()
     work.commit(
         "train", seconds=position.seconds + time.monotonic() - started,
@@ -201,5 +202,8 @@ class _Log:
     def flush(self) -> None:
         self._stream.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._stream.close()

@@ -1,0 +1,146 @@
+"""What reaches the loss: through real messages, packing and the real forward of a tiny model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import write_model
+from torch import Tensor
+
+from tutelage.core.artifact import WorkDir
+from tutelage.core.errors import EngineError
+from tutelage.core.progress import Reporter
+from tutelage.models.load import load_model, load_tokenizer
+from tutelage.recipe.tables import Sft
+from tutelage.text.chat import ChatFormat
+from tutelage.train.batches import Example, PackedRow, pack, plan_steps
+from tutelage.train.loop import Head, Plan, RowLoss, Trainee, train
+from tutelage.train.objectives import CrossEntropy
+
+CONVERSATIONS = [
+    [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "2 + 2?", "thinking": None},
+        {"role": "assistant", "content": "four", "thinking": "two and two"},
+        {"role": "user", "content": "and 3 + 3?"},
+        {"role": "assistant", "content": "six", "thinking": None},
+    ],
+    [
+        {"role": "user", "content": "<|im_end|> is a token"},
+        {"role": "assistant", "content": "so it is: <|im_end|>"},
+    ],
+]
+ANSWERS = [["two and two\n</think>\n\nfour<|im_end|>", "six<|im_end|>"],
+           ["so it is: <|im_end|><|im_end|>"]]  # fmt: skip
+CPU = torch.device("cpu")
+
+
+class Recorded(CrossEntropy):
+    """The real objective, which also keeps the labels that reached it."""
+
+    def __init__(self) -> None:
+        self.labels: list[list[int]] = []
+
+    def __call__(self, hidden_ND: Tensor, head: Head, row: PackedRow) -> RowLoss:
+        self.labels.append(row.labels_N.tolist())
+        return super().__call__(hidden_ND, head, row)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def examples(folder: Path) -> list[Example]:
+    chat = ChatFormat.from_tokenizer(load_tokenizer(folder))
+    rendered = [chat.render(messages) for messages in CONVERSATIONS]  # type: ignore[arg-type]
+    return [Example(r.ids, r.mask) for r in rendered]
+
+
+def config(**settings: object) -> Sft:
+    values = {"stage": "sft", "model": "m", "data": ("d",), "seed": 0, "lr": 1e-3} | settings
+    return Sft.model_validate(values)
+
+
+def plan_of(examples: list[Example]) -> Plan:
+    steps = [[list(range(len(examples)))]]
+    return Plan(lambda i: examples[i], lambda i: f"row-{i}", steps)
+
+
+def work_in(path: Path) -> WorkDir:
+    return WorkDir.open(path, reporter=Reporter(quiet=True), device="cpu")
+
+
+def test_prompt_tokens_never_reach_the_loss(
+    folder: Path, examples: list[Example], tmp_path: Path
+) -> None:
+    model = load_model(folder, dtype="float32", device=CPU)
+    seen = Recorded()
+    train(model, plan_of(examples), seen, config(), work_in(tmp_path), device=CPU, label="t")
+    (labels,) = seen.labels
+    wanted = "".join(answer for answers in ANSWERS for answer in answers)
+    assert load_tokenizer(folder).decode(labels) == wanted
+
+
+def test_a_packed_row_has_the_loss_of_its_examples_alone(
+    folder: Path, examples: list[Example]
+) -> None:
+    model = load_model(folder, dtype="float32", device=CPU)
+    trainee = Trainee(model, CrossEntropy())
+    packed = trainee(pack(examples, [0, 1]), CPU).loss_sum
+    packed.backward()
+    together = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    alone = sum(trainee(pack([e], [i]), CPU).loss_sum for i, e in enumerate(examples))
+    assert isinstance(alone, Tensor)
+    alone.backward()
+    assert packed.item() == pytest.approx(alone.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(together[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_one_example_does_not_see_the_one_before_it(folder: Path, examples: list[Example]) -> None:
+    model = load_model(folder, dtype="float32", device=CPU)
+    other = Example(examples[0].ids_L[::-1].copy(), examples[0].mask_L)
+    hidden: list[Tensor] = []
+
+    def keep(hidden_ND: Tensor, head: Head, row: PackedRow) -> RowLoss:
+        hidden.append(hidden_ND[-row.counts[-1] :].detach())
+        return CrossEntropy()(hidden_ND, head, row)
+
+    for first in (examples[0], other):
+        Trainee(model, keep)(pack([first, examples[1]], [0, 1]), CPU)
+    torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_without_a_finite_loss_names_its_rows(
+    folder: Path, examples: list[Example], tmp_path: Path
+) -> None:
+    model = load_model(folder, dtype="float32", device=CPU)
+    with torch.no_grad():
+        next(model.parameters())[0] = float("nan")
+    with pytest.raises(EngineError, match="row-0, row-1"):
+        train(
+            model, plan_of(examples), CrossEntropy(), config(), work_in(tmp_path), device=CPU,
+            label="t",
+        )  # fmt: skip
+
+
+def test_training_on_one_batch_learns_it(
+    folder: Path, examples: list[Example], tmp_path: Path
+) -> None:
+    model = load_model(folder, dtype="float32", device=CPU)
+    steps = [
+        step
+        for _ in range(40)
+        for step in plan_steps(
+            [len(e.ids_L) for e in examples], torch.arange(2).numpy(), pack_tokens=512,
+            batch_tokens=512,
+        )
+    ]  # fmt: skip
+    plan = Plan(lambda i: examples[i], str, steps)
+    last = train(
+        model, plan, CrossEntropy(), config(lr=1e-2), work_in(tmp_path), device=CPU, label="t"
+    )
+    assert last["loss"] < 1.0  # from 5.8, the log of 320 ids
