@@ -19,11 +19,9 @@ def plan_table(
 ) -> None:
     """Each step, whether it will run and why, and what it would cost at most."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("step", "stage", "status", "why", "tokens", "minutes", "disk", "memory"):
+    for name in ("step", "stage", "status", "tokens", "minutes", "disk", "memory"):
         right = name in ("tokens", "minutes", "disk", "memory")
-        table.add_column(
-            name, justify="right" if right else "left", no_wrap=name != "why", overflow="fold"
-        )
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
     total, unknown = 0.0, False
     for item in planned:
         cost = estimates[item.node.name]
@@ -36,9 +34,13 @@ def plan_table(
             else ("", "", "", "")
         )
         status = f"[{STATUS_STYLE.get(item.status, 'dim')}]{item.status}"
-        reasons = "\n".join(item.reasons)
-        table.add_row(item.node.name, item.node.stage, status, reasons, *figures)
+        table.add_row(item.node.name, item.node.stage, status, *figures)
     console.print(table)
+    # Below the table, not in it: a changed setting is too long for a column.
+    for item in planned:
+        for reason in item.reasons:
+            if item.status != "run" or reason != "never run":
+                console.print(f"  {item.node.name}: {reason}", highlight=False, soft_wrap=True)
     count = sum(item.status in ("run", "resume") for item in planned)
     console.print(
         f"\n{count} of {len(planned)} to run"
@@ -75,7 +77,7 @@ def run_table(console: Console, name: str, artifacts: Mapping[str, Artifact]) ->
     """A run's finished steps with their costs."""
     table = Table(box=None, pad_edge=False, header_style="bold", title=f"run {name}",
                   title_justify="left")  # fmt: skip
-    for head in ("step", "stage", "seconds", "tokens", "memory", "disk", "finished"):
+    for head in ("step", "stage", "seconds", "tokens", "memory", "disk"):
         right = head in ("seconds", "tokens", "memory", "disk")
         table.add_column(head, justify="right" if right else "left", no_wrap=True)
     for step, artifact in artifacts.items():
@@ -83,7 +85,7 @@ def run_table(console: Console, name: str, artifacts: Mapping[str, Artifact]) ->
         table.add_row(
             step, artifact.stage, f"{manifest['seconds']:,.1f}",
             f"{sum(manifest['tokens'].values()):,}", size(manifest["peak_memory_bytes"]),
-            size(_bytes(artifact)), manifest["finished"],
+            size(_bytes(artifact)),
         )  # fmt: skip
     console.print(table)
     seconds = sum(artifact.manifest["seconds"] for artifact in artifacts.values())
@@ -128,7 +130,11 @@ def models_table(console: Console, rows: Sequence[Any]) -> None:
 def finished(console: Console, result: Result, name: str, store: Path) -> None:
     """The closing lines of a run: what was made, and where to look next."""
     made = len(result.made)
-    what = f"{made} steps made" if made else "nothing to do: every step was finished before"
+    what = (
+        f"{made} {'step' if made == 1 else 'steps'} made"
+        if made
+        else "nothing to do: every step was finished before"
+    )
     console.print(f"\n[bold]{name}[/bold]: {what}, {_clock(result.seconds)}", highlight=False)
     for step, artifact in result.artifacts.items():
         if artifact.stage == "report":

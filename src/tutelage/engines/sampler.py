@@ -25,9 +25,9 @@ from tutelage.core.errors import EngineError
 from tutelage.engines.base import Completion, SamplingParams, sequence_rng
 from tutelage.engines.kv_slots import Frame, SlotCache, left_padding_mask
 
-# Prompt columns in one prefill: bounds its activations, and is far past the size where a matrix
-# product of a small model runs at full speed.
-PREFILL_TOKENS = 4096
+# Padded prompt tokens in one prefill: bounds its activations, and is far past the few hundred where
+# a matrix product of a small model runs at full speed.
+PREFILL_TOKENS = 2048
 # Slots are refilled once 1/8 of them are free: a prefill of one short prompt costs as much as a
 # step of the whole batch, so it should bring several. Against waiting for an empty batch: 1.10
 # times the tokens/s (135M, CPU, 64 prompts in 16 slots, 7-96 tokens); 1/16 to 1/2 differ by less

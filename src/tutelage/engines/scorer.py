@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 Part = TypeVar("Part")
 
 # Padded positions of one backbone pass: bounds its activations whatever the number of sequences.
-BATCH_TOKENS = 4096
+# 4096 was 10 % slower than 2048 on a CPU (135M): its activations no longer fit a 32 MB cache.
+BATCH_TOKENS = 2048
 _FLOAT32_BYTES = 4
 
 
