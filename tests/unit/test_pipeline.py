@@ -62,7 +62,7 @@ STEPS = ["rows", "tuned", "answers", "targets", "distilled"]
 QUIET = Reporter(quiet=True)
 
 
-def write_model(folder: Path, *, ids: int = 6, padded: int = 0) -> Path:
+def write_model(folder: Path, *, ids: int = 6, padded: int = 0, first: str = "a") -> Path:
     """A model by its headers alone: configuration, tokenizer, and weights of zeros."""
     rows = padded or ids
     folder.mkdir()
@@ -71,7 +71,7 @@ def write_model(folder: Path, *, ids: int = 6, padded: int = 0) -> Path:
         "num_attention_heads": 2, "vocab_size": rows,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(shape))
-    vocabulary = {chr(97 + i): i for i in range(ids)}
+    vocabulary = {chr(ord(first) + i): i for i in range(ids)}
     (folder / "tokenizer.json").write_text(
         json.dumps(
             {"model": {"type": "BPE", "vocab": vocabulary, "merges": []}, "added_tokens": []}
@@ -407,6 +407,14 @@ def test_equal_tokenizers_with_other_numbers_of_logits_are_refused(project: Proj
     (project.folder / "other").rename(project.folder / "old")
     write_model(project.folder / "other", padded=8)
     with pytest.raises(ModelError, match=r"\(6 and 8 ids\)"):
+        project.plan()
+
+
+def test_vocabularies_of_one_size_with_other_tokens_are_refused(project: Project) -> None:
+    project.edit('teacher = "m"', 'teacher = "other"')
+    (project.folder / "other").rename(project.folder / "old")
+    write_model(project.folder / "other", first="k")
+    with pytest.raises(ModelError, match=r"different vocabularies"):
         project.plan()
 
 

@@ -81,6 +81,12 @@ def test_the_recipes_seed_is_the_default_of_each_step_that_has_one(path: Path) -
     assert [found[name].seed for name in ("rows", "tuned", "answers")] == [5, 5, 4]
 
 
+def test_a_step_without_a_seed_is_given_none(path: Path) -> None:
+    page = '[steps.page]\nstage = "report"\nsteps = ["rows"]\n'
+    path.write_text(path.read_text() + page)
+    assert "seed" not in type(steps(path)["page"]).model_fields
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
