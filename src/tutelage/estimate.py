@@ -1,17 +1,16 @@
 """What a plan would cost before anything is spent: tokens, minutes, disk and peak memory per step.
 
 Rows and lengths come from finished steps where there are any, else from the recipe's limits, so the
-figures are upper bounds. Speeds come from finished steps of this store where there are any, else
-from floating-point operations at a rate a core is known to reach.
+figures are upper bounds. Minutes are floating-point operations at a rate a CPU core is known to
+reach.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tutelage.core.artifact import MANIFEST, open_artifact
+from tutelage.core.artifact import open_artifact
 from tutelage.data.identity import source_files
 from tutelage.models.source import locate
 from tutelage.pipeline import Planned
@@ -66,7 +65,6 @@ def estimate(planned: Sequence[Planned], store: Store) -> dict[str, Estimate]:
     """An estimate for each step of a plan, by name."""
     found: dict[str, Estimate] = {}
     models: dict[str, _Model] = {}
-    speeds = _measured_speeds(store)
     for item in planned:
         node = item.node
         if node.source:
@@ -79,9 +77,7 @@ def estimate(planned: Sequence[Planned], store: Store) -> dict[str, Estimate]:
         known = _finished(item, store)
         inputs = {role: found[name] for role, name in node.inputs.items()}
         used = {role: models[name] for role, name in node.inputs.items() if name in models}
-        found[node.name] = known or _timed(
-            _guess(node.step, inputs, used), node.stage, used, speeds
-        )
+        found[node.name] = known or _timed(_guess(node.step, inputs, used), node.stage, used)
     return found
 
 
@@ -147,9 +143,7 @@ def _guess(step: Step, inputs: Mapping[str, Estimate], models: Mapping[str, _Mod
     return Estimate()
 
 
-def _timed(
-    guess: Estimate, stage: str, models: Mapping[str, _Model], speeds: Mapping[str, float]
-) -> Estimate:
+def _timed(guess: Estimate, stage: str, models: Mapping[str, _Model]) -> Estimate:
     parameters = max((model.parameters for model in models.values()), default=0)
     if models and not parameters:
         return Estimate(**{**guess.__dict__, "minutes": None})
@@ -157,28 +151,8 @@ def _timed(
     if stage == "score":
         work["decode"] = 0  # its decoded count only tells how long the answers are
     operations = sum(tokens * OPERATIONS[kind] * parameters for kind, tokens in work.items())
-    rate = speeds.get(stage, CORE_FLOPS * (os.cpu_count() or 1))
+    rate = CORE_FLOPS * (os.cpu_count() or 1)
     return Estimate(**{**guess.__dict__, "minutes": operations / rate / 60})
-
-
-def _measured_speeds(store: Store) -> dict[str, float]:
-    """Operations a second by stage, from the finished steps of this store that name a model."""
-    totals: dict[str, tuple[float, float]] = {}
-    for path in store.root.glob(f"artifacts/*/*/{MANIFEST}"):
-        try:
-            manifest = json.loads(path.read_text())
-            tokens, seconds = manifest["tokens"], manifest["seconds"]
-            parameters = manifest["summary"].get("parameters", 0)
-        except (OSError, ValueError, KeyError):  # damaged: `verify` tells; a guess does without it
-            continue
-        operations = parameters * (
-            2 * (tokens["student_decoded"] + tokens["teacher_decoded"])
-            + 2 * tokens["teacher_prefilled"] + 6 * tokens["trained"]
-        )  # fmt: skip
-        if operations and seconds:
-            done, spent = totals.get(manifest["stage"], (0.0, 0.0))
-            totals[manifest["stage"]] = (done + operations, spent + seconds)
-    return {stage: done / spent for stage, (done, spent) in totals.items()}
 
 
 def _outside(source: ModelSource, store: Store) -> _Model:

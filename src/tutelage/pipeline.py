@@ -261,7 +261,7 @@ def _make(state: _Run, planned: Planned) -> Artifact:
     assert node.step is not None
     final = state.store.place(node.stage, planned.fingerprint)
     inputs = {role: state.artifacts[name] for role, name in node.inputs.items()}
-    state.reporter.say(f"[bold]{node.name}[/bold] ({node.stage})")
+    state.reporter.say(f"{node.name} ({node.stage})", style="bold")
     try:
         work = WorkDir.open(
             state.store.partial(node.stage, planned.fingerprint),
@@ -273,7 +273,7 @@ def _make(state: _Run, planned: Planned) -> Artifact:
             work, final, identity=planned.identity, summary=summary,
             inputs={role: _input_entry(artifact) for role, artifact in inputs.items()},
             provenance=provenance(
-                device=state.device, threads=int(os.environ.get("OMP_NUM_THREADS", 0))
+                device=state.device, threads=os.environ.get("OMP_NUM_THREADS", "")
             ),
             peak_memory_bytes=peak(),
         )  # fmt: skip

@@ -10,11 +10,11 @@ from torch import Tensor
 from tutelage.core.artifact import WorkDir
 from tutelage.core.errors import EngineError
 from tutelage.core.progress import Reporter
-from tutelage.models.load import load_model, load_tokenizer
+from tutelage.models.load import BackboneAndHead, load_model, load_tokenizer
 from tutelage.recipe.tables import Sft
 from tutelage.text.chat import ChatFormat
 from tutelage.train.batches import Example, PackedRow, pack, plan_steps
-from tutelage.train.loop import Head, Plan, RowLoss, Trainee, train
+from tutelage.train.loop import Plan, RowLoss, Trainee, train
 from tutelage.train.objectives import CrossEntropy
 
 CONVERSATIONS = [
@@ -41,7 +41,7 @@ class Recorded(CrossEntropy):
     def __init__(self) -> None:
         self.labels: list[list[int]] = []
 
-    def __call__(self, hidden_ND: Tensor, head: Head, row: PackedRow) -> RowLoss:
+    def __call__(self, hidden_ND: Tensor, head: BackboneAndHead, row: PackedRow) -> RowLoss:
         self.labels.append(row.labels_N.tolist())
         return super().__call__(hidden_ND, head, row)
 
@@ -105,7 +105,7 @@ def test_one_example_does_not_see_the_one_before_it(folder: Path, examples: list
     other = Example(examples[0].ids_L[::-1].copy(), examples[0].mask_L)
     hidden: list[Tensor] = []
 
-    def keep(hidden_ND: Tensor, head: Head, row: PackedRow) -> RowLoss:
+    def keep(hidden_ND: Tensor, head: BackboneAndHead, row: PackedRow) -> RowLoss:
         hidden.append(hidden_ND[-row.counts[-1] :].detach())
         return CrossEntropy()(hidden_ND, head, row)
 

@@ -96,3 +96,9 @@ def test_a_line_is_never_wrapped() -> None:
     voice, stream = reporter(terminal=False)
     voice.say("word " * 100)
     assert stream.getvalue().count("\n") == 1
+
+
+def test_what_a_model_says_is_never_read_as_markup() -> None:
+    stream = io.StringIO()
+    Reporter(console=Console(file=stream)).say("A: [/INST] and [bold]this[/x]")
+    assert stream.getvalue() == "A: [/INST] and [bold]this[/x]\n"

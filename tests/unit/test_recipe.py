@@ -242,3 +242,10 @@ def test_a_plan_and_its_command_line_import_no_heavy_library() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_matrix_over_the_runtime_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('name = "r"\n[models]\n[steps]\n[matrix]\n"runtime.threads" = [1, 2]\n')
+    with pytest.raises(RecipeError, match=r"\[matrix\] cannot vary \[runtime\]"):
+        load(path)

@@ -20,11 +20,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tutelage.core.errors import EngineError
+from tutelage.core.errors import EngineError, ModelError
 from tutelage.engines import scorer
 from tutelage.engines.base import Completion, SamplingParams, Scorable, sequence_rng
 from tutelage.engines.sampler import TransformersSampler
 from tutelage.engines.scorer import TransformersScorer
+from tutelage.models.load import BackboneAndHead
 from tutelage.targets.schema import TokenTargets
 
 VOCAB = 300
@@ -162,9 +163,9 @@ def _shift(engine: TransformersScorer) -> Callable[[Sequence[Scorable]], Tensor]
     return lambda chosen: hidden(chosen).roll(1, 0)
 
 
-def _heat(engine: TransformersScorer) -> Callable[[Tensor], Tensor]:
-    logits = engine._logits
-    return lambda hidden_ND: logits(hidden_ND) / 0.9
+def _heat() -> Callable[[BackboneAndHead, Tensor], Tensor]:
+    logits = BackboneAndHead.logits
+    return lambda head, hidden_ND: logits(head, hidden_ND) / 0.9
 
 
 @pytest.mark.parametrize("fault", ["none", "off by one", "wrong temperature", "dropped stop token"])
@@ -183,7 +184,7 @@ def test_scorer_and_sampler_agree_on_one_model_and_each_planted_fault_shows(
     if fault == "off by one":
         monkeypatch.setattr(engine, "_response_hidden", _shift(engine))
     if fault == "wrong temperature":
-        monkeypatch.setattr(engine, "_logits", _heat(engine))
+        monkeypatch.setattr(BackboneAndHead, "logits", _heat())
     read = [_drop_stop(answer) if fault == "dropped stop token" else answer for answer in answers]
     pairs = [
         (answer, Scorable(prompt, seen.response_ids))
@@ -195,23 +196,25 @@ def test_scorer_and_sampler_agree_on_one_model_and_each_planted_fault_shows(
 
 
 def test_only_one_bounded_chunk_of_logits_is_alive(
-    model: PreTrainedModel, sequences: list[Scorable]
+    model: PreTrainedModel, sequences: list[Scorable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = _scorer(model, chunk_rows=7)
+    logits = BackboneAndHead.logits
     earlier: list[weakref.ref[Tensor]] = []
     rows: list[int] = []
 
-    def watch(module: object, args: object, logits_NV: Tensor) -> None:
+    def watched(head: BackboneAndHead, hidden_ND: Tensor) -> Tensor:
         assert all(reference() is None for reference in earlier)
+        logits_NV = logits(head, hidden_ND)
         earlier.append(weakref.ref(logits_NV))
         rows.append(logits_NV.shape[0])
+        return logits_NV
 
     heard: list[int] = []
-    hook = engine.head.register_forward_hook(watch)
+    monkeypatch.setattr(BackboneAndHead, "logits", watched)
     engine.score(
         sequences, estimator=_ragged, seed=1, keys=range(len(sequences)), on_tokens=heard.append
     )
-    hook.remove()
     assert max(rows) == 7
     assert sum(rows) == sum(heard) == sum(len(one.response_ids) for one in sequences)
 
@@ -244,5 +247,5 @@ def test_a_capped_head_is_scored_with_its_cap() -> None:
 
 def test_a_head_that_scales_its_logits_is_refused() -> None:
     scaled = GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=4.0)).eval()
-    with pytest.raises(EngineError, match="granite"):
+    with pytest.raises(ModelError, match="Granite"):
         _scorer(scaled)

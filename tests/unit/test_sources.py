@@ -1,5 +1,6 @@
 """Rows from files: each with its place, and what cannot be read told by it."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -206,3 +207,17 @@ def test_a_damaged_memo_of_hashes_only_costs_time(tmp_path: Path) -> None:
 def test_only_local_sources_have_files() -> None:
     assert source_files(DataSource(source="hub:owner/name")) == []
     assert source_files(DataSource(source="task:chain_sum")) == []
+
+
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(path: Path) -> str:  # a fake: root may read everything
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tutelage.core.hashes.sha256_file", forbidden)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{}")
+    step = Data.model_validate({"stage": "data", "sources": [{"source": str(file)}], "seed": 0})
+    with pytest.raises(DataError, match=r"rows\.jsonl: cannot be read: Permission denied"):
+        data_identity(step, memo=tmp_path / "memo.json")

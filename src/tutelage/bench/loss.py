@@ -152,5 +152,9 @@ def _in_fresh_process(what: str, *arguments: int | str) -> Any:
 
 
 if __name__ == "__main__":
-    measure = {"time": measure_time, "memory": measure_memory}[sys.argv[1]]
-    print(json.dumps(measure(*json.loads(sys.argv[2]))))
+    if len(sys.argv) == 1:  # by hand: the whole table; with arguments: one measurement of it
+        for line in run():
+            print(json.dumps(line))
+    else:
+        measure = {"time": measure_time, "memory": measure_memory}[sys.argv[1]]
+        print(json.dumps(measure(*json.loads(sys.argv[2]))))

@@ -119,7 +119,6 @@ class WorkDir:
     reporter: Reporter = field(default_factory=Reporter)
     device: str = "cpu"
     ledger: dict[str, dict[str, Any]] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
 
     @classmethod
     def open(cls, path: Path, *, reporter: Reporter, device: str) -> "WorkDir":

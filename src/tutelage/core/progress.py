@@ -91,10 +91,10 @@ class Reporter:
     console: Console = field(default_factory=lambda: Console(stderr=True))
     quiet: bool = False
 
-    def say(self, text: str) -> None:
-        """Print one line."""
+    def say(self, text: str, *, style: str = "") -> None:
+        """Print one line as it is: what a model or a row says may look like markup."""
         if not self.quiet:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def bar(self, total: int, label: str, *, unit: str, done: int = 0) -> Iterator[Bar]:

@@ -16,7 +16,7 @@ LIBRARIES = (
 GIT_SECONDS = 5
 
 
-def provenance(*, device: str, threads: int) -> dict[str, object]:
+def provenance(*, device: str, threads: str) -> dict[str, object]:
     """The facts a reader needs to repeat a step: versions, git commit, device, argv."""
     return {
         "tutelage": __version__,

@@ -41,7 +41,10 @@ def _identity(source: DataSource, memo: Path) -> dict[str, Any]:
         return {"task": source.source, "reasoning_gym": _version("reasoning-gym")}
     if source.source.startswith("hub:"):
         return {"hub": source.source, "revision": source.revision or "main"}
-    return {"sha256": list(remembered_sha256(source_files(source), memo).values())}
+    try:
+        return {"sha256": list(remembered_sha256(source_files(source), memo).values())}
+    except OSError as error:
+        raise DataError(f"{source.source}: cannot be read: {error.strerror}") from error
 
 
 def _version(package: str) -> str:

@@ -55,7 +55,7 @@ def _file(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: unknown kind of file; known: {', '.join(SUFFIXES)}")
     try:
         yield from reader(path)
-    except (pa.ArrowException, csv.Error, UnicodeDecodeError) as error:
+    except (pa.ArrowException, csv.Error, UnicodeDecodeError, OSError) as error:
         raise DataError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from error
 
 

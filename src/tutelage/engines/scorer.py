@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from tutelage.core.errors import EngineError
 from tutelage.engines.base import Scorable, sequence_rng
+from tutelage.models.load import backbone_and_head, check_head
 from tutelage.targets.schema import TokenTargets, concat_targets
 
 if TYPE_CHECKING:
@@ -50,32 +51,15 @@ class TransformersScorer:
         chunk_bytes: size of the one float32 chunk of logits, [N, V], that is alive at a time.
 
     Raises:
-        EngineError: for a model whose logits are made otherwise.
+        ModelError: for a model whose logits are made otherwise.
     """
 
     def __init__(self, model: PreTrainedModel, *, device: str, chunk_bytes: int) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()  # type: ignore[arg-type]
-        self.backbone = model.get_decoder()
-        self.head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[assignment]
-        config = model.config.get_text_config()
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.chunk_tokens = max(1, chunk_bytes // (_FLOAT32_BYTES * int(config.vocab_size)))
-        self._check_head()
-
-    @torch.inference_mode()
-    def _check_head(self) -> None:
-        """Some families scale their logits after the head; a target made without it is wrong."""
-        ids = torch.tensor([[1, 2]], device=self.device)
-        whole_V = self.model(input_ids=ids, use_cache=False).logits[0, -1].float()
-        ours_V = self._logits(
-            self.backbone(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
-        )
-        if not torch.allclose(whole_V, ours_V, rtol=1e-3, atol=1e-3, equal_nan=True):
-            raise EngineError(
-                f"logits of {self.model.config.model_type} are not its output embedding applied to "
-                "its last hidden state; score this teacher with the server engine"
-            )
+        self.head = backbone_and_head(model)
+        self.chunk_tokens = max(1, chunk_bytes // (_FLOAT32_BYTES * len(self.head.weight_VD)))
+        check_head(model)
 
     def score(
         self,
@@ -138,7 +122,7 @@ class TransformersScorer:
         parts: list[Part] = []
         for first in range(0, len(labels), self.chunk_tokens):
             rows = slice(first, min(first + self.chunk_tokens, len(labels)))
-            logits_NV = self._logits(hidden_ND[rows])
+            logits_NV = self.head.logits(hidden_ND[rows])
             _check_finite(logits_NV, owners[rows])
             parts.append(visit(logits_NV, labels_N[rows], rows))
             del logits_NV  # before the next chunk is made, or two are alive
@@ -151,19 +135,13 @@ class TransformersScorer:
         width = max(len(ids) for ids in read)
         padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in read], device=self.device)
         # No mask: padding stands on the right, where causal attention never looks.
-        hidden_BTD = self.backbone(input_ids=padded, use_cache=False).last_hidden_state
+        hidden_BTD = self.head.backbone(input_ids=padded, use_cache=False).last_hidden_state
         wanted = [
             row * width + position
             for row, (ids, one) in enumerate(zip(read, chosen, strict=True))
             for position in range(len(ids) - len(one.response_ids), len(ids))
         ]
         return hidden_BTD.flatten(0, 1)[torch.tensor(wanted, device=self.device)]
-
-    def _logits(self, hidden_ND: Tensor) -> Tensor:
-        logits_NV = self.head(hidden_ND).float()
-        if self.softcap is None:
-            return logits_NV
-        return torch.tanh(logits_NV / self.softcap) * self.softcap
 
 
 def _estimate(

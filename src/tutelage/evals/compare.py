@@ -191,12 +191,8 @@ def _hidden_states(
 
 
 def _log_probs(hidden_CD: Tensor, head: BackboneAndHead) -> Tensor:
-    """fp32 log-softmax of the output layer, the product itself in the model's own dtype."""
-    hidden_CD = hidden_CD.to(head.weight_VD.device)
-    logits_CV = torch.nn.functional.linear(hidden_CD, head.weight_VD, head.bias_V).float()
-    if head.softcap:
-        logits_CV = logits_CV.div_(head.softcap).tanh_().mul_(head.softcap)
-    return logits_CV.log_softmax(-1)
+    """fp32 log-softmax of the output layer."""
+    return head.logits(hidden_CD.to(head.weight_VD.device)).log_softmax(-1)
 
 
 def _measures(logp_CV: Tensor, logq_CV: Tensor, labels_C: Tensor) -> Tensor:

@@ -55,6 +55,16 @@ class BackboneAndHead(NamedTuple):
     softcap: float | None
     """logits = softcap * tanh(raw / softcap), as in Gemma 2; None for none."""
 
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """fp32 logits [N, V] of hidden states, the product itself in the model's own dtype.
+
+        For reading, not for training: the soft-cap is applied in place.
+        """
+        logits_NV = nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V).float()
+        if self.softcap:
+            logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_NV
+
 
 def load_for_inference(artifact: Artifact, *, device: str) -> Loaded:
     """The artifact's model as it is stored, in evaluation mode. Raises ModelError, EngineError."""
@@ -143,16 +153,14 @@ def check_head(model: PreTrainedModel) -> None:
     Some architectures scale or shift logits after the output layer; training one on logits without
     that would teach it something else, silently. Raises ModelError.
     """
-    backbone, weight_VD, bias_V, softcap = backbone_and_head(model)
-    ids_BT = torch.tensor([[0, 1]], device=weight_VD.device)
+    head = backbone_and_head(model)
+    ids_BT = torch.tensor([[0, 1]], device=head.weight_VD.device)
     was_training = model.training
     model.eval()
     logits_NV = model(input_ids=ids_BT, use_cache=False).logits[0].float()
-    hidden_ND = backbone(input_ids=ids_BT, use_cache=False).last_hidden_state[0]
+    hidden_ND = head.backbone(input_ids=ids_BT, use_cache=False).last_hidden_state[0]
     model.train(was_training)
-    ours_NV = nn.functional.linear(hidden_ND, weight_VD, bias_V).float()
-    if softcap:
-        ours_NV = softcap * torch.tanh(ours_NV / softcap)
+    ours_NV = head.logits(hidden_ND)
     if float((ours_NV - logits_NV).abs().max()) > HEAD_TOLERANCE * float(logits_NV.abs().max()):
         raise ModelError(
             f"{type(model).__name__} changes its logits after the output layer in a way that is "

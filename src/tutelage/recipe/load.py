@@ -62,6 +62,8 @@ def _cells(raw: dict[str, Any], matrix: Any, place: str) -> Iterator[tuple[str, 
         isinstance(v, list) and v for v in matrix.values()
     ):
         raise RecipeError(f"{place}: [matrix] maps keys to lists, as seed = [1, 2, 3]")
+    if any(key.partition(".")[0] == "runtime" for key in matrix):
+        raise RecipeError(f"{place}: [matrix] cannot vary [runtime], which changes no result")
     for values in itertools.product(*matrix.values()):
         cell, labels = raw, []
         for key, value in zip(matrix, values, strict=True):

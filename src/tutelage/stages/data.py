@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
 
 from tutelage.core.artifact import Artifact, WorkDir
 from tutelage.core.errors import DataError
@@ -46,7 +45,7 @@ def run(config: Data, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[str
     write_rows(work.path / "conversations.parquet", _with_unique_ids(kept), CONVERSATIONS)
     if bad:
         write_text(work.path / QUARANTINE, "".join(json.dumps(row) + "\n" for row in bad))
-        work.reporter.say(f"  {len(bad)} bad rows set aside, first: {escape(_line(bad[0]))}")
+        work.reporter.say(f"  {len(bad)} bad rows set aside, first: {_line(bad[0])}")
     work.commit("rows", seconds=time.monotonic() - started, tokens={})
     return {"rows": len(kept), "read": len(good) + len(bad), "bad": len(bad)}
 

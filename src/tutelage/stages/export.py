@@ -29,7 +29,7 @@ def run(config: Export, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[s
         name=f"tutelage-{inputs['model'].fingerprint[:12]}", licence="",
         provenance={"artifact": inputs["model"].fingerprint},
     )  # fmt: skip
-    entries = []
+    begun, entries = time.monotonic(), []
     for kind in config.formats:
         started = time.monotonic()
         path = work.path / f"{kind}.gguf"
@@ -58,9 +58,7 @@ def run(config: Export, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[s
     model_bytes = sum(p.stat().st_size for p in loaded.directory.glob("*.safetensors"))
     write_json(work.path / "export.json", {"files": entries, "model_bytes": model_bytes})
     decoded = sum(answer["tokens"] for entry in entries for answer in entry["answers"])
-    work.commit(
-        "export", seconds=time.monotonic() - work.started, tokens={"student_decoded": decoded}
-    )
+    work.commit("export", seconds=time.monotonic() - begun, tokens={"student_decoded": decoded})
     return {f"kl.{entry['format']}": entry["kl"]["mean"] for entry in entries}
 
 

@@ -86,22 +86,22 @@ def _row(rollout: Mapping[str, Any], targets: TokenTargets) -> TargetRow:
 
 
 def _summary(work: WorkDir) -> dict[str, float]:
+    """Sums over row groups, so that no store need fit into memory."""
     paths = sorted(work.path.glob("part-*.parquet"))
-    rows = list(TargetReader(paths))
-    tokens = sum(len(row.response_ids) for row in rows)
-
-    def total(values: Callable[[TargetRow], Any]) -> float:
-        return float(sum(np.sum(values(row)) for row in rows))
-
+    reader = TargetReader(paths)
+    tokens = reader.num_tokens
+    sums = dict.fromkeys(("ids_per_token", "head_mass", "teacher_entropy", "logq_minus_logp"), 0.0)
+    for index in range(reader.num_groups):
+        group = reader.group(index)
+        targets = group.targets
+        sums["ids_per_token"] += len(targets.head_ids_M) + len(targets.tail_ids_T)
+        sums["head_mass"] += float(np.exp(targets.head_logq_M).sum())
+        sums["teacher_entropy"] += float(targets.entropy_N.sum())
+        # E_student[log q - log p]: minus this is the reverse KL; near 0 nothing is to be learnt.
+        sums["logq_minus_logp"] += float((targets.label_logp_N - group.student_logp_N).sum())
     return {
-        "rows": len(rows),
+        "rows": len(reader),
         "response_tokens": tokens,
-        "ids_per_token": total(
-            lambda r: r.targets.head_counts_N.sum() + r.targets.tail_counts_N.sum()
-        ) / tokens,
         "bytes_per_token": sum(path.stat().st_size for path in paths) / tokens,
-        "head_mass": total(lambda r: np.exp(r.targets.head_logq_M)) / tokens,
-        "teacher_entropy": total(lambda r: r.targets.entropy_N) / tokens,
-        # E_student[log q - log p]: minus this is the reverse KL; near 0 there is nothing to learn.
-        "logq_minus_logp": total(lambda r: r.targets.label_logp_N - r.student_logp_N) / tokens,
-    }  # fmt: skip
+        **{name: value / tokens for name, value in sums.items()},
+    }

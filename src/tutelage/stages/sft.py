@@ -9,7 +9,7 @@ from tutelage.core.artifact import Artifact, WorkDir, several
 from tutelage.core.errors import DataError
 from tutelage.models.load import load_for_training, save_student
 from tutelage.recipe.tables import Sft
-from tutelage.records import read_rows
+from tutelage.records import count_rows, read_rows
 from tutelage.text.chat import ChatFormat
 from tutelage.train.batches import Example, epoch_order, mixed_order, plan_steps
 from tutelage.train.loop import Plan, train
@@ -42,11 +42,15 @@ def run(config: Sft, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[str,
         loaded.model, plan, CrossEntropy(), config, work, device=loaded.device, label="sft"
     )
     save_student(loaded, work.path / "model")
+    read = sum(count_rows(artifact.shards()) for artifact in several(inputs, "data"))
+    if read > len(rows):
+        work.reporter.say(f"  {read - len(rows)} rows had no target within pack_tokens: left out")
     reasoning = sum(row.mode == "reasoning" for row in rows)
     return {
         "loss": last["loss"],
         "steps": len(plan.steps[: config.max_steps or None]),
         "rows": len(rows),
+        "left_out": read - len(rows),
         "reasoning_share": reasoning / len(rows),
     }
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tutelage.core.artifact import WorkDir
 from tutelage.core.errors import EngineError
 from tutelage.core.progress import Bar
-from tutelage.models.load import backbone_and_head
+from tutelage.models.load import BackboneAndHead, backbone_and_head
 from tutelage.recipe.tables import Training
 from tutelage.train import checkpoint, optim
 from tutelage.train.batches import Example, PackedRow, pack
@@ -31,16 +31,7 @@ METRICS = "metrics.jsonl"
 class Objective(Protocol):
     """A loss over the targets of a packed row."""
 
-    def __call__(self, hidden_ND: Tensor, head: "Head", row: PackedRow) -> "RowLoss": ...
-
-
-@dataclass(frozen=True)
-class Head:
-    """The output layer: logits = hidden @ weight.T + bias, then the soft-cap where there is one."""
-
-    weight_VD: Tensor
-    bias_V: Tensor | None
-    softcap: float | None
+    def __call__(self, hidden_ND: Tensor, head: BackboneAndHead, row: PackedRow) -> "RowLoss": ...
 
 
 @dataclass(frozen=True)
@@ -71,15 +62,15 @@ class Trainee(nn.Module):
 
     def forward(self, row: PackedRow, device: torch.device) -> RowLoss:
         """Hidden states of the row, then the objective on those that predict a target."""
-        backbone, weight, bias, softcap = backbone_and_head(self.model)
+        head = backbone_and_head(self.model)
         # No attention mask, but positions that restart: transformers derives the block mask.
-        hidden_TD = backbone(
+        hidden_TD = head.backbone(
             input_ids=torch.from_numpy(row.ids_T).to(device)[None],
             position_ids=torch.from_numpy(row.positions_T).to(device)[None],
             use_cache=False,
         ).last_hidden_state[0]
         hidden_ND = hidden_TD.index_select(0, torch.from_numpy(row.source_N).to(device))
-        return self._objective(hidden_ND, Head(weight, bias, softcap), row)
+        return self._objective(hidden_ND, head, row)
 
 
 def train(

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tutelage.models.load import BackboneAndHead
 from tutelage.recipe.tables import Distill
 from tutelage.targets.batch import pad_targets
 from tutelage.targets.schema import TokenTargets
 from tutelage.train.batches import PackedRow
 from tutelage.train.fused import fused_loss
-from tutelage.train.loop import Head, RowLoss
+from tutelage.train.loop import RowLoss
 from tutelage.train.losses import SparseTarget
 from tutelage.train.spec import CROSS_ENTROPY, LossSpec, Term
 
@@ -23,7 +24,7 @@ from tutelage.train.spec import CROSS_ENTROPY, LossSpec, Term
 class CrossEntropy:
     """SFT: mean negative log-probability of the labels, nats a token."""
 
-    def __call__(self, hidden_ND: Tensor, head: Head, row: PackedRow) -> RowLoss:
+    def __call__(self, hidden_ND: Tensor, head: BackboneAndHead, row: PackedRow) -> RowLoss:
         """Summed over the row's targets."""
         labels_N = torch.from_numpy(row.labels_N).to(hidden_ND.device)
         out = fused_loss(
@@ -43,7 +44,7 @@ class Distillation:
     targets: Callable[[int], TokenTargets]
     """The targets of an example; its first tokens are used, as many as were packed."""
 
-    def __call__(self, hidden_ND: Tensor, head: Head, row: PackedRow) -> RowLoss:
+    def __call__(self, hidden_ND: Tensor, head: BackboneAndHead, row: PackedRow) -> RowLoss:
         """Summed over the row's targets, with the parts a person would ask for."""
         parts = [
             self.targets(index).first(count)
