@@ -15,7 +15,13 @@ import numpy as np
 
 from tutelage.core.errors import ArtifactError
 
-FORMAT = 1
+FORMAT = 2
+TOP_K = "top"
+"""Drops what is outside its head: `top-12`."""
+PURE = "pure"
+"""Draws from the whole distribution, without a head: `pure-12`."""
+DISTILLKIT = "distillkit"
+"""A converted top-k, where outside the head even the text's own token has no probability."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +55,11 @@ class TokenTargets:
     tau: float | None
 
     @classmethod
-    def empty(cls, tau: float | None) -> "TokenTargets":
-        """No token: the targets of an empty response."""
-        ints, floats = np.zeros(0, np.int32), np.zeros(0, np.float32)
-        return cls(ints, ints, floats, ints, ints, floats, floats, tau)
+    def blank(cls, count: int, tau: float | None) -> "TokenTargets":
+        """Tokens of which the teacher says nothing."""
+        none, ints = np.zeros(0, np.int32), np.zeros(count, np.int32)
+        floats = np.zeros(count, np.float32)
+        return cls(ints, none, none.astype(np.float32), ints, none, floats, floats, tau)
 
     def __len__(self) -> int:
         return len(self.head_counts_N)
@@ -133,6 +140,21 @@ class StoreMeta:
     dtype: str
     estimator: str
     tau: float | None
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether ids outside the head were sampled, so that the targets are unbiased."""
+        return not self.estimator.startswith((TOP_K, DISTILLKIT))
+
+    @property
+    def has_head(self) -> bool:
+        """Whether some ids are kept with their exact probability."""
+        return not self.estimator.startswith(PURE)
+
+    @property
+    def has_label(self) -> bool:
+        """Whether the sampled token's own probability is always known."""
+        return not self.estimator.startswith(DISTILLKIT)
 
     def to_json(self) -> str:
         """One line of JSON, with the version of the format."""
