@@ -12,7 +12,7 @@ from tutelage.recipe.tables import ModelSource, Prune, Recipe, Report, Step, ref
 
 KIND_NAMES = {
     "model": "a model", "conversations": "conversations (a data or synthesize step)",
-    "rollouts": "a rollout step", "targets": "a score step",
+    "rollouts": "a rollout step", "targets": "targets (a score or convert step)",
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from tutelage.graph import Node, build, identities
 from tutelage.models import source as models
 from tutelage.models.inspect import ModelFacts
 from tutelage.recipe.load import Variant
-from tutelage.recipe.tables import Data, Step
+from tutelage.recipe.tables import Step
 from tutelage.store import Store
 
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "OutOfMemoryError")
@@ -82,7 +82,7 @@ def plan(variants: Sequence[Variant], store: Store, *, until: str = "") -> list[
     _check_vocabularies(nodes, outside)
     known = identities(
         nodes, lambda node: outside[node.name].identity,
-        lambda step: data_identity(step, memo=store.memo) if isinstance(step, Data) else None,
+        lambda step: data_identity(step, memo=store.memo),
     )  # fmt: skip
     previous = store.read_run(variants[0].recipe.name)
     first: dict[str, str] = {}
@@ -144,7 +144,7 @@ def _check_vocabularies(nodes: Sequence[Node], outside: Mapping[str, models.Exte
         if node.stage not in ("score", "evaluate", "distill"):
             continue
         read = by_name[node.inputs["targets"]] if node.stage == "distill" else node
-        teacher = read.inputs["teacher"]
+        teacher = read.inputs.get("teacher") or read.inputs["model"]  # a converted store's
         students = [name for role, name in node.inputs.items() if role.startswith("models.")]
         if node.stage == "distill":
             students.append(node.inputs["model"])

@@ -4,6 +4,8 @@ A *conversation* is a list of messages; a *prompt* is a conversation whose last 
 user's. A *rollout* is one sampled answer, by token ids exactly as sampled.
 """
 
+import contextlib
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -90,12 +92,78 @@ def read_rows(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
     Raises ArtifactError naming the file that cannot be read.
     """
     for path in paths:
-        try:
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=ROW_GROUP_ROWS):
-                    yield from batch.to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise ArtifactError(f"{path} cannot be read as Parquet: {error}") from error
+        with _readable(path), pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=ROW_GROUP_ROWS):
+                yield from batch.to_pylist()
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+class RowFiles:
+    """The rows of Parquet files by number, a row group in memory at a time.
+
+    Raises ArtifactError naming the file that cannot be read.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._groups: list[tuple[Path, int]] = []
+        self._starts = [0]
+        self._open: tuple[int, pa.Table] | None = None
+        for path in paths:
+            with _readable(path), pq.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    self._groups.append((path, group))
+                    rows = file.metadata.row_group(group).num_rows
+                    self._starts.append(self._starts[-1] + rows)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Raises ArtifactError naming a file that lacks one."""
+        for path in dict.fromkeys(path for path, _ in self._groups):
+            with _readable(path):
+                found = pq.read_schema(path).names
+            if missing := [name for name in columns if name not in found]:
+                raise ArtifactError(f"{path} has no column {missing[0]!r}; it has {found}")
+
+    def tables(self, wanted: range) -> Iterator[pa.Table]:
+        """The rows of these numbers, rising by one, in pieces."""
+        position = wanted.start
+        while position < wanted.stop:
+            group = bisect_right(self._starts, position) - 1
+            first = position - self._starts[group]
+            stop = min(self._starts[group + 1], wanted.stop)
+            yield self._table(group).slice(first, stop - position)
+            position = stop
+
+    def rows(self, wanted: range) -> Iterator[dict[str, Any]]:
+        """The same as dictionaries."""
+        for table in self.tables(wanted):
+            yield from table.to_pylist()
+
+    def lengths(self, *columns: str) -> list[int]:
+        """For each row, the summed length of these list columns; nothing else is read."""
+        found: list[int] = []
+        for path, group in self._groups:
+            with _readable(path), pq.ParquetFile(path) as file:
+                table = file.read_row_group(group, columns=list(columns))
+            counts = [table[name].combine_chunks().value_lengths().to_pylist() for name in columns]
+            found += [sum(row) for row in zip(*counts, strict=True)]
+        return found
+
+    def _table(self, group: int) -> pa.Table:
+        if self._open is None or self._open[0] != group:
+            path, index = self._groups[group]
+            with _readable(path), pq.ParquetFile(path) as file:
+                self._open = (group, file.read_row_group(index))
+        return self._open[1]
 
 
 def count_rows(paths: Sequence[Path]) -> int:

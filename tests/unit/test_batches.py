@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutelage.train.batches import Example, epoch_order, mixed_order, pack, plan_steps
+from tutelage.train.batches import (
+    Example,
+    epoch_order,
+    mixed_order,
+    pack,
+    plan_steps,
+    position_budget,
+)
 from tutelage.train.optim import cosine_lr
 
 
@@ -136,3 +143,12 @@ def test_the_learning_rate_warms_up_then_falls_along_a_cosine_to_its_share() -> 
 
 def test_one_step_without_warm_up_has_the_whole_rate() -> None:
     assert cosine_lr(0, steps=1, lr=1.0, min_share=0.1, warmup_share=0.0) == 1.0
+
+
+def test_the_position_budget_keeps_the_first_tokens_of_an_answer() -> None:
+    assert position_budget(10) == 10
+    assert position_budget(10, first_tokens=2) == 2
+    assert [position_budget(length, first_share=0.3) for length in (10, 3, 1, 0)] == [3, 1, 1, 0]
+    assert position_budget(10, first_tokens=2, first_share=0.3) == 2
+    assert position_budget(3, first_tokens=2, first_share=0.3) == 1
+    assert position_budget(30, first_share=0.1) == 3

@@ -161,7 +161,7 @@ def test_a_token_has_the_same_target_alone_and_in_any_chunk() -> None:
 
 
 def test_no_token_gives_the_empty_target() -> None:
-    assert _same(_sample(torch.zeros(0, 10), tau=0.5), TokenTargets.empty(0.5))
+    assert _same(_sample(torch.zeros(0, 10), tau=0.5), TokenTargets.blank(0, 0.5))
 
 
 def test_temperature_divides_the_logits() -> None:
@@ -295,7 +295,7 @@ def test_an_id_drawn_several_times_is_one_id_with_their_mass() -> None:
 
 def test_targets_of_different_tau_are_not_joined() -> None:
     with pytest.raises(AssertionError, match="tau"):
-        concat_targets([TokenTargets.empty(0.1), TokenTargets.empty(0.2)])
+        concat_targets([TokenTargets.blank(0, 0.1), TokenTargets.blank(0, 0.2)])
 
 
 @pytest.mark.parametrize(("unit", "budget"), [("ids", 8.0), ("bytes", 20.0)])

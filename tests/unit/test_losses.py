@@ -14,7 +14,6 @@ from tutelage.targets.schema import TokenTargets
 from tutelage.train.losses import (
     SparseTarget,
     TokenLosses,
-    position_budget,
     prepare,
     token_losses,
     view_of_logits,
@@ -446,10 +445,6 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         lambda: LossSpec((Term("policy_gradient", "sampled"),), temperature=2.0),
         "sampled at 1",
     ),
-    "empty budget": (
-        lambda: position_budget(torch.zeros(1), torch.ones(1), first_share=0.0),
-        "position budget",
-    ),
 }
 
 
@@ -464,18 +459,3 @@ def test_every_divergence_has_a_default_treatment_that_is_allowed() -> None:
     specs = [LossSpec((Term(d, t),)) for d, t in DEFAULT_TREATMENT.items()]
     assert len(specs) == 5
     assert CROSS_ENTROPY.lam == 0
-
-
-def test_the_position_budget_keeps_the_first_tokens_of_each_answer() -> None:
-    positions_N = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2])
-    lengths_N = torch.tensor([10] * 10 + [3] * 3)
-
-    def kept(**budget: float) -> list[int]:
-        return position_budget(positions_N, lengths_N, **budget).nonzero()[:, 0].tolist()  # type: ignore[arg-type]
-
-    assert kept() == list(range(13))
-    assert kept(first_tokens=2) == [0, 1, 10, 11]
-    assert kept(first_share=0.3) == [0, 1, 2, 10]
-    assert kept(first_tokens=2, first_share=0.3) == [0, 1, 10]
-    thirty_N = torch.full((30,), 30)
-    assert position_budget(torch.arange(30), thirty_N, first_share=0.1).sum() == 3

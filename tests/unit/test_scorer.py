@@ -70,8 +70,16 @@ def _scorer(model: PreTrainedModel, *, chunk_rows: int = 7) -> TransformersScore
     return TransformersScorer(model, device="cpu", chunk_bytes=chunk_rows * ROW_BYTES)
 
 
+class _Ragged:
+    """A target that shows every input: 1-3 top ids, by label; 0-1 tail ids, by its two uniforms."""
+
+    draws = 2
+
+    def __call__(self, logits_NV: Tensor, labels_N: Tensor, uniforms_NS: Tensor) -> TokenTargets:
+        return _ragged(logits_NV, labels_N, uniforms_NS @ torch.tensor([0.5, 0.25]))
+
+
 def _ragged(logits_NV: Tensor, labels_N: Tensor, offsets_N: Tensor) -> TokenTargets:
-    """A target that shows every input: 1-3 top ids, by label; 0-1 tail ids, by offset."""
     logp_NV = logits_NV.double().log_softmax(-1)
     head_counts_N, tail_counts_N = 1 + labels_N % 3, labels_N % 2
     ranked_NV = logp_NV.argsort(-1, descending=True)
@@ -93,7 +101,7 @@ def _score(
     engine: TransformersScorer, sequences: Sequence[Scorable], keys: Sequence[int]
 ) -> list[TokenTargets]:
     return engine.score(
-        sequences, estimator=_ragged, seed=17, keys=keys, on_tokens=lambda count: None
+        sequences, estimator=_Ragged(), seed=17, keys=keys, on_tokens=lambda count: None
     )
 
 
@@ -124,9 +132,9 @@ def test_targets_are_those_of_each_sequence_read_alone_with_whole_logits(
             ids = torch.tensor([[*one.prompt_ids, *one.response_ids]])
             logits_TV = model(input_ids=ids).logits[0]
         num_prompt, num_response = len(one.prompt_ids), len(one.response_ids)
-        offsets = sequence_rng(17, key, "score").random(num_response, dtype=np.float32)
-        wanted = _ragged(
-            logits_TV[num_prompt - 1 : -1], torch.tensor(one.response_ids), torch.tensor(offsets)
+        uniforms = sequence_rng(17, key, "score").random((num_response, 2), dtype=np.float32)
+        wanted = _Ragged()(
+            logits_TV[num_prompt - 1 : -1], torch.tensor(one.response_ids), torch.tensor(uniforms)
         )
         _assert_equal(targets, wanted)
 
@@ -213,7 +221,7 @@ def test_only_one_bounded_chunk_of_logits_is_alive(
     heard: list[int] = []
     monkeypatch.setattr(BackboneAndHead, "logits", watched)
     engine.score(
-        sequences, estimator=_ragged, seed=1, keys=range(len(sequences)), on_tokens=heard.append
+        sequences, estimator=_Ragged(), seed=1, keys=range(len(sequences)), on_tokens=heard.append
     )
     assert max(rows) == 7
     assert sum(rows) == sum(heard) == sum(len(one.response_ids) for one in sequences)

@@ -1,13 +1,14 @@
-"""What a data step's sources hold, by content: so that a changed file is a different step."""
+"""What files and other sources hold, by content: so that a changed file is a different step."""
 
 import glob
 import importlib.metadata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tutelage.core.errors import DataError
 from tutelage.core.hashes import remembered_sha256
-from tutelage.recipe.tables import Data, DataSource
+from tutelage.recipe.tables import Convert, Data, DataSource, Step
 
 BUNDLED_PROMPTS = Path(__file__).with_name("prompts.jsonl")
 
@@ -24,16 +25,30 @@ def source_files(source: DataSource) -> list[Path]:
         if name != "bundled:prompts":
             raise DataError(f"{name}: the only bundled data is bundled:prompts")
         return [BUNDLED_PROMPTS]
-    found = sorted(Path(match) for match in glob.glob(name, recursive=True))
+    return local_files(name)
+
+
+def local_files(pattern: str) -> list[Path]:
+    """The files of a path or glob, sorted. Raises DataError when there is none."""
+    found = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
     found = [path for path in found if path.is_file()]
     if not found:
-        raise DataError(f"{name}: no such file; check the path (relative to the recipe's folder)")
+        raise DataError(
+            f"{pattern}: no such file; check the path (relative to the recipe's folder)"
+        )
     return found
 
 
-def data_identity(step: Data, *, memo: Path) -> dict[str, Any]:
-    """Content of each source: sha256 of its files; version of the package behind a task."""
-    return {str(index): _identity(source, memo) for index, source in enumerate(step.sources)}
+def data_identity(step: Step, *, memo: Path) -> dict[str, Any]:
+    """Content of what a step reads from outside; empty for a step that reads only others.
+
+    sha256 of files; the version of the package behind a task.
+    """
+    if isinstance(step, Convert):
+        return {"sha256": _hashes(step.source, local_files(step.source), memo)}
+    if isinstance(step, Data):
+        return {str(index): _identity(source, memo) for index, source in enumerate(step.sources)}
+    return {}
 
 
 def _identity(source: DataSource, memo: Path) -> dict[str, Any]:
@@ -41,10 +56,14 @@ def _identity(source: DataSource, memo: Path) -> dict[str, Any]:
         return {"task": source.source, "reasoning_gym": _version("reasoning-gym")}
     if source.source.startswith("hub:"):
         return {"hub": source.source, "revision": source.revision or "main"}
+    return {"sha256": _hashes(source.source, source_files(source), memo)}
+
+
+def _hashes(name: str, files: Sequence[Path], memo: Path) -> list[str]:
     try:
-        return {"sha256": list(remembered_sha256(source_files(source), memo).values())}
+        return list(remembered_sha256(files, memo).values())
     except OSError as error:
-        raise DataError(f"{source.source}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{name}: cannot be read: {error.strerror}") from error
 
 
 def _version(package: str) -> str:

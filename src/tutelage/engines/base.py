@@ -17,8 +17,20 @@ if TYPE_CHECKING:
 
     from tutelage.targets.schema import TokenTargets
 
-    # (logits_NV, labels_N, offsets_N) -> targets of N tokens; offsets are uniform in [0, 1)
-    Estimator = Callable[[Tensor, Tensor, Tensor], TokenTargets]
+    class Estimator(Protocol):
+        """Turns next-token logits into targets (`targets/estimator.py`)."""
+
+        @property
+        def draws(self) -> int:
+            """Uniforms in [0, 1) a token that it asks for."""
+            ...
+
+        def __call__(
+            self, logits_NV: Tensor, labels_N: Tensor, uniforms_NS: Tensor
+        ) -> TokenTargets:
+            """Targets of N tokens."""
+            ...
+
 
 Stream = Literal["sample", "score"]
 _STREAMS: dict[Stream, int] = {"sample": 0, "score": 1}
@@ -91,9 +103,8 @@ class Scorer(Protocol):
     ) -> list[TokenTargets]:
         """One TokenTargets a sequence, in the given order, one entry a response token.
 
-        `estimator(logits_NV, labels_N, offsets_N)` turns next-token logits into targets; the
-        offsets of a sequence come from (seed, key) only. `on_tokens` hears the number of response
-        tokens scored since it was last called.
+        The uniforms that `estimator` is given for a sequence come from (seed, key) only.
+        `on_tokens` hears the number of response tokens scored since it was last called.
         """
         ...
 

@@ -76,15 +76,15 @@ class TransformersScorer:
             EngineError: for an empty prompt or response, or logits that are not finite.
         """
         results: dict[int, TokenTargets] = {}
-        for batch in _batches(sequences):
+        for batch in length_sorted_batches(sequences):
             sizes = [len(sequences[index].response_ids) for index in batch]
             streams = [sequence_rng(seed, keys[index], "score") for index in batch]
             uniforms = [
-                stream.random(size, dtype=np.float32)
+                stream.random((size, estimator.draws), dtype=np.float32)
                 for stream, size in zip(streams, sizes, strict=True)
             ]
-            offsets_N = torch.from_numpy(np.concatenate(uniforms)).to(self.device)
-            visit = partial(_estimate, estimator, offsets_N)
+            uniforms_NS = torch.from_numpy(np.concatenate(uniforms)).to(self.device)
+            visit = partial(_estimate, estimator, uniforms_NS)
             whole = concat_targets(self._visit_batch(sequences, batch, visit, on_tokens))
             results.update(zip(batch, split_targets(whole, sizes), strict=True))
         return [results[index] for index in range(len(sequences))]
@@ -98,12 +98,28 @@ class TransformersScorer:
             EngineError: for an empty prompt or response, or logits that are not finite.
         """
         results: dict[int, np.ndarray] = {}
-        for batch in _batches(sequences):
+        for batch in length_sorted_batches(sequences):
             sizes = [len(sequences[index].response_ids) for index in batch]
             whole_N = np.concatenate(self._visit_batch(sequences, batch, _label_logp, on_tokens))
             pieces = np.split(whole_N, list(accumulate(sizes))[:-1])
             results.update(zip(batch, pieces, strict=True))
         return [results[index] for index in range(len(sequences))]
+
+    @torch.inference_mode()
+    def hidden_states(
+        self, sequences: Sequence[Scorable], *, on_tokens: Callable[[int], None]
+    ) -> Tensor:
+        """What the head reads before every response token, end to end in the given order, [N, D].
+
+        Raises EngineError for an empty prompt or response.
+        """
+        pieces: dict[int, Tensor] = {}
+        for batch in length_sorted_batches(sequences):
+            chosen = [sequences[index] for index in batch]
+            sizes = [len(one.response_ids) for one in chosen]
+            pieces.update(zip(batch, self._response_hidden(chosen).split(sizes), strict=True))
+            on_tokens(sum(sizes))
+        return torch.cat([pieces[index] for index in range(len(sequences))])
 
     @torch.inference_mode()
     def _visit_batch(
@@ -145,9 +161,9 @@ class TransformersScorer:
 
 
 def _estimate(
-    estimator: Estimator, offsets_N: Tensor, logits_NV: Tensor, labels_N: Tensor, rows: slice
+    estimator: Estimator, uniforms_NS: Tensor, logits_NV: Tensor, labels_N: Tensor, rows: slice
 ) -> TokenTargets:
-    return estimator(logits_NV, labels_N, offsets_N[rows])
+    return estimator(logits_NV, labels_N, uniforms_NS[rows])
 
 
 def _label_logp(logits_NV: Tensor, labels_N: Tensor, rows: slice) -> np.ndarray:
@@ -155,7 +171,7 @@ def _label_logp(logits_NV: Tensor, labels_N: Tensor, rows: slice) -> np.ndarray:
     return (label_N - logits_NV.logsumexp(-1)).cpu().numpy()
 
 
-def _batches(sequences: Sequence[Scorable]) -> Iterator[list[int]]:
+def length_sorted_batches(sequences: Sequence[Scorable]) -> Iterator[list[int]]:
     """Indices, longest first, in groups whose padded rectangle fits BATCH_TOKENS."""
     lengths = [len(one.prompt_ids) + len(one.response_ids) for one in sequences]
     for index, one in enumerate(sequences):

@@ -80,13 +80,26 @@ def load_for_training(artifact: Artifact, *, device: str) -> Loaded:
 
 
 def _load(artifact: Artifact, *, dtype: str, device: str) -> Loaded:
-    directory = artifact.path / "model" if artifact.stage != "external" else artifact.path
     # A step's own result holds no code but what a trusted model from outside brought along.
     trusted = artifact.stage != "external" or bool(
         artifact.manifest["identity"].get("trust_remote_code")
     )
+    return load_directory(
+        directory_of(artifact), device=device, dtype=dtype, trust_remote_code=trusted
+    )
+
+
+def directory_of(artifact: Artifact) -> Path:
+    """Where the model of a step's result, or of a model from outside, lies."""
+    return artifact.path / "model" if artifact.stage != "external" else artifact.path
+
+
+def load_directory(
+    directory: Path, *, device: str, dtype: str = "auto", trust_remote_code: bool = False
+) -> Loaded:
+    """A model's directory, loaded in evaluation mode. Raises ModelError, EngineError."""
     chosen = pick_device(device)
-    model = load_model(directory, dtype=dtype, device=chosen, trust_remote_code=trusted)
+    model = load_model(directory, dtype=dtype, device=chosen, trust_remote_code=trust_remote_code)
     check_head(model)
     return Loaded(model, load_tokenizer(directory), directory, chosen)
 

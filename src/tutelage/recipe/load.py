@@ -57,6 +57,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> list[Variant]:
     ]
 
 
+def parse(raw: dict[str, Any], place: str) -> Variant:
+    """The one variant of a recipe made in memory; `place` names it in errors."""
+    return Variant("", _parse(raw, place))
+
+
 def _cells(raw: dict[str, Any], matrix: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if not isinstance(matrix, Mapping) or not all(
         isinstance(v, list) and v for v in matrix.values()
@@ -119,9 +124,9 @@ def _anchored(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         **raw,
         "models": {name: fixed(table) for name, table in models.items()},
         "steps": {
-            name: {**step, "sources": [fixed(s) for s in step["sources"]]}
+            name: {**fixed(step), "sources": [fixed(s) for s in step["sources"]]}
             if isinstance(step, dict) and isinstance(step.get("sources"), list)
-            else step
+            else fixed(step)
             for name, step in steps.items()
         },
     }

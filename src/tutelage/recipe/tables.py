@@ -6,14 +6,14 @@ on names the step (or the model) it reads. No torch here: `tutelage plan` answer
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 @dataclass(frozen=True)
 class Reads:
-    """Marks a field as the name of a step that produces `kind`."""
+    """Marks a field as the name of a step that produces `kind`; an empty name reads nothing."""
 
     kind: str
 
@@ -29,6 +29,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """What every generator takes; the random streams of numpy refuse a negative one."""
 Mode = Literal["reasoning", "fast"]
+
+
+ESTIMATOR_SETTINGS = {"threshold": ("tau", "budget", "budget_unit"), "fixed": ("head", "draws")}
 
 
 class Table(BaseModel):
@@ -179,16 +182,52 @@ class Score(Step):
     """The teacher reads the rollouts once, prefill only, and its targets are stored."""
 
     produces: ClassVar[str] = "targets"
+    version: ClassVar[int] = 2
     stage: Literal["score"]
     teacher: ModelRef
     rollouts: RolloutsRef
+    estimator: Literal["threshold", "fixed"] = "threshold"
+    """threshold is unbiased and smallest; fixed keeps `head` ids and `draws` from the rest: `head =
+    0` is pure sampling (arXiv 2503.16870), `draws = 0` a plain top-k, which is biased."""
     tau: Annotated[float, Field(gt=0, le=1)] = 0.02
     """Threshold of the sparse target: probabilities from tau up are exact, the rest is sampled."""
+    budget: Annotated[float, Field(ge=0)] = 0.0
+    """Instead of tau: so much a token, from which tau is found on a sample; 0 sets none."""
+    budget_unit: Literal["ids", "bytes"] = "bytes"
+    """bytes counts what the teacher says; the text and the student's own are about 3 a token more."""
+    head: Annotated[int, Field(ge=0)] = 12
+    draws: Annotated[int, Field(ge=0)] = 0
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    shard_rows: PositiveInt = 64
+    shard_rows: PositiveInt = 256
     logit_chunk_mb: PositiveInt = 128
     """Memory of the one chunk of logits that is alive at a time."""
     seed: Seed
+
+    @model_validator(mode="after")
+    def _settings_of_its_estimator(self) -> "Score":
+        given = self.model_fields_set
+        if "tau" in given and self.budget:
+            raise ValueError("tau and budget exclude each other: the budget finds tau; give one")
+        for estimator, names in ESTIMATOR_SETTINGS.items():
+            if self.estimator != estimator and (wrong := [n for n in names if n in given]):
+                raise ValueError(f"{wrong[0]} is a setting of estimator = {estimator!r}")
+        if self.estimator == "fixed" and self.head + self.draws == 0:
+            raise ValueError("head = 0 and draws = 0 store nothing of the teacher")
+        return self
+
+
+class Convert(Step):
+    """Teacher targets captured with DistillKit, as targets of our store: no score step is run."""
+
+    produces: ClassVar[str] = "targets"
+    stage: Literal["convert"]
+    source: str
+    """Its Parquet files, a path or glob; `compression_config.yaml` is looked for beside them."""
+    model: ModelRef
+    """Whose tokenizer the ids are of."""
+    settings: dict[str, Any] = {}
+    """`logprob_compressor` of the capture, where there is no compression_config.yaml."""
+    shard_rows: PositiveInt = 64
 
 
 class Training(Step):
@@ -255,9 +294,23 @@ class Distill(Training):
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """The teacher's weight in the mixture of `skew`."""
     lam: Share = 0.9
-    ce_on: Literal["rollout", "none"] = "rollout"
+    ce_on: Literal["rollout", "teacher", "none"] = "rollout"
+    """Which label the cross-entropy learns: the student's own sampled token, the next token of
+    `text`, or none (then lam = 1)."""
+    text: ConversationsRef = ""
+    """With `ce_on = "teacher"`: the teacher's own answers, one seen with every rollout."""
     first_tokens: Annotated[int, Field(ge=0)] = 0
     """Train only on so many first tokens of an answer; 0 takes all (arXiv 2606.22600)."""
+    first_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Train only on this first share of an answer."""
+
+    @model_validator(mode="after")
+    def _text_for_its_label(self) -> "Distill":
+        if (self.ce_on == "teacher") != bool(self.text):
+            raise ValueError(
+                'ce_on = "teacher" and text go together: text names the step with its answers'
+            )
+        return self
 
 
 class Evaluate(Step):
@@ -304,7 +357,17 @@ class Report(Step):
 
 
 AnyStep = Annotated[
-    Union[Prune, Data, Synthesize, Sft, Rollout, Score, Distill, Evaluate, Export, Report],  # noqa: UP007
+    Prune
+    | Data
+    | Synthesize
+    | Sft
+    | Rollout
+    | Score
+    | Convert
+    | Distill
+    | Evaluate
+    | Export
+    | Report,
     Field(discriminator="stage"),
 ]
 STEP_TYPES: dict[str, type[Step]] = {
@@ -328,7 +391,8 @@ def references(step: Step) -> Iterator[tuple[str, str, str]]:
     """Every input of a step as (role, kind, name); roles of a list are `models.0`, `models.1`."""
     for field, info in type(step).model_fields.items():
         if kind := next((m.kind for m in info.metadata if isinstance(m, Reads)), None):
-            yield field, kind, getattr(step, field)
+            if getattr(step, field):
+                yield field, kind, getattr(step, field)
         elif kind := _kind_of_items(info.annotation):
             for index, name in enumerate(getattr(step, field)):
                 yield f"{field}.{index}", kind, name
@@ -336,7 +400,11 @@ def references(step: Step) -> Iterator[tuple[str, str, str]]:
 
 def settings(step: Step) -> dict[str, Any]:
     """A step's settings without its stage and inputs: what enters its identity."""
-    inputs = {role.split(".")[0] for role, _, _ in references(step)}
+    inputs = {
+        field
+        for field, info in type(step).model_fields.items()
+        if any(isinstance(mark, Reads) for mark in info.metadata) or _kind_of_items(info.annotation)
+    }
     return step.model_dump(mode="json", exclude={"stage", *inputs})
 
 

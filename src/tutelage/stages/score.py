@@ -1,66 +1,112 @@
 """Stage `score`: the teacher reads the rollouts once, by prefill; sparse targets are stored."""
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tutelage.core.artifact import Artifact, WorkDir
 from tutelage.core.errors import DataError
+from tutelage.core.files import write_json
 from tutelage.core.shards import Shard, run_shards
 from tutelage.engines.base import Scorable
 from tutelage.engines.scorer import TransformersScorer
 from tutelage.models.load import Loaded, load_for_inference
 from tutelage.recipe.tables import Score
-from tutelage.records import read_rows
-from tutelage.targets.estimator import threshold_sample
+from tutelage.records import RowFiles
+from tutelage.targets.calibrate import tau_for_budget
+from tutelage.targets.estimator import Fixed, Threshold
 from tutelage.targets.reader import TargetReader
 from tutelage.targets.schema import StoreMeta, TargetRow, TokenTargets
 from tutelage.targets.writer import write_shard
 from tutelage.text.chat import ChatFormat
 from tutelage.text.tokenizer import tokenizer_digest
 
+CALIBRATION = "calibration.json"
+CALIBRATION_TOKENS = 512
+CALIBRATION_ROWS = 32
+
 
 def run(config: Score, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[str, float]:
-    """Score every rollout; returns counts, ids and bytes a token, and how near the teacher is."""
-    rollouts = [row for row in read_rows(inputs["rollouts"].shards()) if row["response_ids"]]
-    if not rollouts:
+    """Score every rollout; returns counts, ids and bytes a token, and how near the teacher is.
+
+    An empty rollout has no token to score and is left out, and counted.
+    """
+    rollouts = RowFiles(inputs["rollouts"].shards())
+    responses = rollouts.lengths("response_ids")
+    if not any(responses):
         raise DataError("every rollout is empty: the student ends its turn at once")
     loaded = load_for_inference(inputs["teacher"], device=work.device)
     scorer = TransformersScorer(
         loaded.model, device=str(loaded.device), chunk_bytes=config.logit_chunk_mb * 2**20
     )
-
-    def estimator(logits_NV: Tensor, labels_N: Tensor, offsets_N: Tensor) -> TokenTargets:
-        return threshold_sample(
-            logits_NV, labels_N, tau=config.tau, offsets_N=offsets_N, temperature=config.temperature
-        )
-
-    meta = _meta(config, inputs, loaded)
+    estimator = _estimator(config, scorer, rollouts, work)
+    meta = _meta(config, inputs, loaded, estimator)
 
     def make(shard: Shard, on_tokens: Callable[[int], None]) -> dict[str, int]:
-        rows = rollouts[shard.items.start : shard.items.stop]
+        numbered = zip(shard.items, rollouts.rows(shard.items), strict=True)
+        kept = [(key, row) for key, row in numbered if row["response_ids"]]
+        rows = [row for _, row in kept]
         scored = scorer.score(
-            [Scorable(tuple(r["prompt_ids"]), tuple(r["response_ids"])) for r in rows],
-            estimator=estimator, seed=config.seed, keys=list(shard.items), on_tokens=on_tokens,
+            [_scorable(row) for row in rows], estimator=estimator, seed=config.seed,
+            keys=[key for key, _ in kept], on_tokens=on_tokens,
         )  # fmt: skip
         targets = [_row(row, target) for row, target in zip(rows, scored, strict=True)]
         write_shard(work.path / f"{shard.name}.parquet", targets, meta=meta)
         return {"teacher_prefilled": sum(map(_length, rows))}
 
-    longest = max(map(_length, rollouts))
     run_shards(
-        work, len(rollouts), config.shard_rows, make, label="teacher reads", tokens_each=longest
+        work, len(rollouts), config.shard_rows, make,
+        label="teacher reads", tokens_each=max(responses),
+    )  # fmt: skip
+    tau = {} if estimator.tau is None else {"tau": estimator.tau}
+    return {**_summary(work), "empty": responses.count(0), **tau}
+
+
+def _estimator(
+    config: Score, scorer: TransformersScorer, rollouts: RowFiles, work: WorkDir
+) -> Threshold | Fixed:
+    if config.estimator == "fixed":
+        return Fixed(config.head, config.draws, config.temperature)
+    if not config.budget:
+        return Threshold(config.tau, config.temperature)
+    kept = work.path / CALIBRATION  # found once: a resumed run must not find a hair another one
+    if not kept.exists():
+        tau = _calibrated(config, scorer, rollouts)
+        write_json(kept, {"tau": tau, "budget": config.budget, "unit": config.budget_unit})
+        work.reporter.say(f"  tau {tau:.4f} buys {config.budget} {config.budget_unit} a token")
+    return Threshold(json.loads(kept.read_text())["tau"], config.temperature)
+
+
+def _calibrated(config: Score, scorer: TransformersScorer, rollouts: RowFiles) -> float:
+    """tau for the budget, on tokens spread evenly over the rollouts."""
+    step = max(1, len(rollouts) // CALIBRATION_ROWS)
+    chosen = range(0, len(rollouts), step)[:CALIBRATION_ROWS]
+    rows = [row for index in chosen for row in rollouts.rows(range(index, index + 1))]
+    sequences = [_scorable(row) for row in rows if row["response_ids"]]
+    hidden_ND = scorer.hidden_states(sequences, on_tokens=lambda count: None)
+    picked = torch.linspace(0, len(hidden_ND) - 1, min(CALIBRATION_TOKENS, len(hidden_ND))).long()
+    with torch.inference_mode():
+        logits_NV: Tensor = scorer.head.logits(hidden_ND[picked.to(hidden_ND.device)])
+    return tau_for_budget(
+        logits_NV, budget=config.budget, unit=config.budget_unit, temperature=config.temperature
     )
-    return _summary(work)
+
+
+def _scorable(rollout: Mapping[str, Any]) -> Scorable:
+    return Scorable(tuple(rollout["prompt_ids"]), tuple(rollout["response_ids"]))
 
 
 def _length(rollout: Mapping[str, Any]) -> int:
     return len(rollout["prompt_ids"]) + len(rollout["response_ids"])
 
 
-def _meta(config: Score, inputs: Mapping[str, Artifact], loaded: Loaded) -> StoreMeta:
+def _meta(
+    config: Score, inputs: Mapping[str, Artifact], loaded: Loaded, estimator: Threshold | Fixed
+) -> StoreMeta:
     return StoreMeta(
         student=inputs["rollouts"].manifest["inputs"]["model"]["fingerprint"],
         teacher=inputs["teacher"].fingerprint,
@@ -70,8 +116,8 @@ def _meta(config: Score, inputs: Mapping[str, Artifact], loaded: Loaded) -> Stor
         temperature=config.temperature,
         engine="transformers",
         dtype=str(loaded.model.dtype).removeprefix("torch."),
-        estimator="threshold",
-        tau=config.tau,
+        estimator=estimator.name,
+        tau=estimator.tau,
     )
 
 

@@ -22,12 +22,58 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tutelage.core.errors import EngineError, RecipeError
-from tutelage.targets.schema import TokenTargets, concat_targets
+from tutelage.targets.schema import PURE, TOP_K, TokenTargets, concat_targets
 
 BLOCK = 128
 SLICE_LOGITS = 1 << 20
 """Logits a CPU works on at a time: 4 MB a buffer. 155 us a token at V = 49,152; 390 in one piece of
 512 tokens, where each buffer is fresh memory."""
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """`threshold_sample` with its settings: what a scorer is given."""
+
+    tau: float
+    temperature: float = 1.0
+    draws: int = 1
+    """One offset a token drives the systematic sampling of its whole tail."""
+
+    @property
+    def name(self) -> str:
+        """How the store's metadata names it."""
+        return "threshold"
+
+    def __call__(self, logits_NV: Tensor, labels_N: Tensor, uniforms_NS: Tensor) -> TokenTargets:
+        """Targets of N tokens."""
+        return threshold_sample(
+            logits_NV, labels_N, tau=self.tau, offsets_N=uniforms_NS[:, 0],
+            temperature=self.temperature,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """`fixed_sample` with its settings: a head of so many ids, and so many draws from the rest."""
+
+    head: int
+    draws: int
+    temperature: float = 1.0
+    tau: None = None
+
+    @property
+    def name(self) -> str:
+        """How the store's metadata names it: `top-12`, `pure-12`, `head-6+6`."""
+        if not self.draws:
+            return f"{TOP_K}-{self.head}"
+        return f"head-{self.head}+{self.draws}" if self.head else f"{PURE}-{self.draws}"
+
+    def __call__(self, logits_NV: Tensor, labels_N: Tensor, uniforms_NS: Tensor) -> TokenTargets:
+        """Targets of N tokens."""
+        return fixed_sample(
+            logits_NV, labels_N, head=self.head, uniforms_NS=uniforms_NS,
+            temperature=self.temperature,
+        )  # fmt: skip
 
 
 def threshold_sample(
@@ -108,7 +154,7 @@ def _in_slices(
     N, V = logits_NV.shape
     step = max(1, SLICE_LOGITS // V) if logits_NV.is_cpu else max(1, N)
     parts = [estimate(slice(start, start + step)) for start in range(0, N, step)]
-    return concat_targets(parts or [TokenTargets.empty(tau)])
+    return concat_targets(parts or [TokenTargets.blank(0, tau)])
 
 
 @dataclass(frozen=True)

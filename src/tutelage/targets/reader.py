@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tutelage.core.errors import ArtifactError
-from tutelage.targets.codec import arrow_schema, from_table
+from tutelage.targets.codec import TEXT_LISTS, arrow_schema, from_table
 from tutelage.targets.group import TargetGroup, starts
 from tutelage.targets.schema import StoreMeta, TargetRow
 from tutelage.targets.writer import GROUPS_KEY, META_KEY, RowGroup, checksum
@@ -109,6 +109,22 @@ class TargetReader:
         for index in range(self.num_groups):
             group = self.group(index)
             yield from (group.row(i) for i in range(len(group)))
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Prompt and response tokens of each row (int32), in stored order."""
+        parts = []
+        for located in self._groups:
+            with _mapped(located) as source:
+                _verify(source, located, self.meta)
+                table = pq.ParquetFile(source).read_row_group(
+                    located.index, columns=list(TEXT_LISTS), use_threads=False
+                )
+            lists = [table[name].combine_chunks() for name in TEXT_LISTS]
+            parts.append([column.value_lengths().to_numpy() for column in lists])
+        if not parts:
+            return np.zeros(0, np.int32), np.zeros(0, np.int32)
+        prompts, responses = zip(*parts, strict=True)
+        return np.concatenate(prompts), np.concatenate(responses)
 
     @property
     def num_groups(self) -> int:

@@ -36,10 +36,11 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class RowLoss:
-    """Summed loss of a row (with gradient) and detached sums of whatever is worth logging."""
+    """Summed loss of a row (with gradient), and what is worth logging beside it."""
 
     loss_sum: Tensor
-    sums: Mapping[str, Tensor]
+    sums: Mapping[str, tuple[Tensor, Tensor | int]]
+    """Detached sum of a figure, and over how many targets: the log shows their mean of a step."""
 
 
 @dataclass(frozen=True)
@@ -129,15 +130,18 @@ def _step(
 ) -> dict[str, float]:  # fmt: skip
     """One optimizer step over its packed rows; the loss is divided once, by all its targets."""
     targets = sum(len(row.labels_N) for row in rows)
-    sums: dict[str, float] = {}
+    sums: dict[str, list[float]] = {}
     for row in rows:
         with accelerator.autocast():
             out = trainee(row, device)
         loss = out.loss_sum / max(1, targets)
         _check_finite(float(loss.detach()), "loss", [row], plan)
         accelerator.backward(loss)
-        for name, value in {"loss": out.loss_sum.detach(), **out.sums}.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
+        logged = {"loss": (out.loss_sum.detach(), len(row.labels_N)), **out.sums}
+        for name, (value, count) in logged.items():
+            total = sums.setdefault(name, [0.0, 0.0])
+            total[0] += float(value)
+            total[1] += float(count)
     clipped = accelerator.clip_grad_norm_(trainee.parameters(), config.clip_norm)
     assert clipped is not None  # only under DeepSpeed
     norm = float(clipped)
@@ -146,7 +150,8 @@ def _step(
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {name: value / max(1, targets) for name, value in sums.items()} | {"grad_norm": norm}
+    means = {name: value / max(1.0, count) for name, (value, count) in sums.items()}
+    return means | {"grad_norm": norm}
 
 
 def _check_finite(value: float, what: str, rows: Sequence[PackedRow], plan: Plan) -> None:

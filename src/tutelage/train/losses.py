@@ -280,26 +280,6 @@ def bucket(view: StudentView, target: SparseTarget) -> Classes:
     )
 
 
-def position_budget(
-    positions_N: Tensor, lengths_N: Tensor, *, first_tokens: int = 0, first_share: float = 1.0
-) -> Tensor:
-    """Weight 1 for the first tokens of each answer, 0 after them [N] (arXiv 2606.22600).
-
-    A token at position i (from 0) of an answer of length L stays when i < first_tokens (0 = no such
-    limit) and i < ceil(first_share * L). Raises RecipeError for a budget that keeps nothing.
-    """
-    if first_tokens < 0 or not 0 < first_share <= 1:
-        raise RecipeError(
-            f"position budget first_tokens {first_tokens}, first_share {first_share}: the first is"
-            " a count (0 = all), the second lies in (0, 1]"
-        )
-    # 0.1 * 30 is a hair above 3 in floating point; the hair must not buy a fourth token.
-    kept_N = (lengths_N.double() * first_share - 1e-9).ceil()
-    if first_tokens:
-        kept_N = kept_N.clamp_max(first_tokens)
-    return (positions_N < kept_N).float()
-
-
 _CLASSES: Mapping[Treatment, Callable[[StudentView, SparseTarget], Classes]] = {
     "dense": in_head,
     "truncated": in_head,

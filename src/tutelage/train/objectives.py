@@ -7,18 +7,20 @@ mathematics is in `losses.py`.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tutelage.core.errors import RecipeError
 from tutelage.models.load import BackboneAndHead
 from tutelage.recipe.tables import Distill
 from tutelage.targets.batch import pad_targets
-from tutelage.targets.schema import TokenTargets
+from tutelage.targets.schema import StoreMeta, TokenTargets
 from tutelage.train.batches import PackedRow
 from tutelage.train.fused import fused_loss
 from tutelage.train.loop import RowLoss
 from tutelage.train.losses import SparseTarget
-from tutelage.train.spec import CROSS_ENTROPY, LossSpec, Term
+from tutelage.train.spec import CROSS_ENTROPY, DEFAULT_TREATMENT, LossSpec, Term
 
 
 class CrossEntropy:
@@ -41,31 +43,39 @@ class Distillation:
     spec: LossSpec
     temperature: float
     """At which the teacher's probabilities were stored."""
-    targets: Callable[[int], TokenTargets]
-    """The targets of an example; its first tokens are used, as many as were packed."""
+    targets: Callable[[int], TokenTargets | None]
+    """The targets of an example, of which its first are used, as many as were packed; None for
+    text that the teacher wrote."""
 
     def __call__(self, hidden_ND: Tensor, head: BackboneAndHead, row: PackedRow) -> RowLoss:
         """Summed over the row's targets, with the parts a person would ask for."""
-        parts = [
-            self.targets(index).first(count)
-            for index, count in zip(row.examples, row.counts, strict=True)
-        ]
+        target = self._target(row, hidden_ND.device)
         out = fused_loss(
-            hidden_ND, head.weight_VD, self._target(parts, row, hidden_ND.device), self.spec,
-            bias_V=head.bias_V, softcap=head.softcap,
-        )  # fmt: skip
-        metrics = out.metrics
+            hidden_ND, head.weight_VD, target, self.spec, bias_V=head.bias_V, softcap=head.softcap
+        )
+        metrics, text_N = out.metrics, target.teacher_text_N
+        count = len(hidden_ND)
+        if text_N is None:
+            cross_entropy, scored = (metrics.ce_N.sum(), count), count
+        else:  # it counts where it is learnt
+            cross_entropy, scored = (metrics.ce_N[text_N].sum(), text_N.sum()), (~text_N).sum()
         sums = {
-            "ce": metrics.ce_N.sum(),
-            "forward_kl": metrics.forward_kl_N.sum(),
-            "agreement": metrics.top1_agree_N.sum(),
+            "ce": cross_entropy,
+            "forward_kl": (metrics.forward_kl_N.sum(), scored),
+            "agreement": (metrics.top1_agree_N.sum(), metrics.top1_known_N.sum()),
         }
         return RowLoss(out.loss_sum, sums)
 
-    def _target(
-        self, parts: list[TokenTargets], row: PackedRow, device: torch.device
-    ) -> SparseTarget:
-        padded = pad_targets(parts)
+    def _target(self, row: PackedRow, device: torch.device) -> SparseTarget:
+        stored = [self.targets(index) for index in row.examples]
+        tau = next((part.tau for part in stored if part is not None), None)
+        padded = pad_targets(
+            [
+                TokenTargets.blank(count, tau) if part is None else part.first(count)
+                for part, count in zip(stored, row.counts, strict=True)
+            ]
+        )
+        text_N = np.repeat([part is None for part in stored], row.counts)
         return SparseTarget(
             ids_NK=torch.from_numpy(padded.ids_NK).to(device),
             q_NK=torch.from_numpy(padded.q_NK).to(device),
@@ -75,18 +85,37 @@ class Distillation:
             label_logq_N=torch.from_numpy(padded.label_logq_N).to(device),
             teacher_entropy_N=torch.from_numpy(padded.teacher_entropy_N).to(device),
             temperature=self.temperature,
+            teacher_text_N=(
+                torch.from_numpy(text_N).to(device) if self.spec.ce_on == "teacher" else None
+            ),
         )
 
 
-def loss_spec(config: Distill, *, temperature: float) -> LossSpec:
+def loss_spec(config: Distill, meta: StoreMeta) -> LossSpec:
     """The recipe's objective, at the temperature the targets were stored at.
 
+    Targets without a sampled tail know nothing outside the head: their rest is one bucket.
     Raises RecipeError for a combination that cannot be.
     """
-    natural = {"forward_kl": "unbiased", "policy_gradient": "sampled"}
     treatment = config.outside
     if treatment == "auto":
-        treatment = natural.get(config.divergence, "bucket")
+        treatment = DEFAULT_TREATMENT[config.divergence]
+        treatment = "bucket" if treatment == "unbiased" and not meta.has_tail else treatment
+    if treatment == "unbiased" and not meta.has_tail:
+        raise RecipeError(
+            f"outside = unbiased, but the targets are of the estimator {meta.estimator}, which "
+            "keeps nothing outside its head; set outside = bucket, or score with a threshold"
+        )
+    if treatment != "unbiased" and config.divergence != "policy_gradient" and not meta.has_head:
+        raise RecipeError(
+            f"outside = {treatment} needs a head, and the targets are of the estimator "
+            f"{meta.estimator}, which has none; set divergence = forward_kl and outside = unbiased"
+        )
+    if config.divergence == "policy_gradient" and not meta.has_label:
+        raise RecipeError(
+            f"policy_gradient needs the sampled token's own probability, which {meta.estimator} "
+            "drops outside its head; take another divergence, or score again"
+        )
     terms = [
         Term(
             config.divergence, treatment, share=1 - config.reverse_share,  # type: ignore[arg-type]
@@ -95,4 +124,4 @@ def loss_spec(config: Distill, *, temperature: float) -> LossSpec:
     ]  # fmt: skip
     if config.reverse_share:
         terms.append(Term("reverse_kl", "bucket", share=config.reverse_share))
-    return LossSpec(tuple(terms), lam=config.lam, ce_on=config.ce_on, temperature=temperature)
+    return LossSpec(tuple(terms), lam=config.lam, ce_on=config.ce_on, temperature=meta.temperature)
