@@ -83,7 +83,7 @@ def measure_memory(tokens: int, dim: int, vocab: int, variant: str) -> int:
     step = _step(variant, *_inputs(tokens, dim, vocab))
     step()
     step()
-    return _high_water() - before
+    return high_water() - before
 
 
 def _inputs(tokens: int, dim: int, vocab: int) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,8 @@ def _step(variant: str, hidden_ND: Tensor, weight_VD: Tensor) -> Callable[[], No
     return step
 
 
-def _high_water() -> int:
+def high_water() -> int:
+    """Peak resident bytes of this process so far."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))

@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 
 from tutelage import __version__, pipeline
-from tutelage.cli import display, runs
-from tutelage.core.errors import TutelageError
+from tutelage.cli import benches, display, runs, stores
+from tutelage.core.errors import ArtifactError, TutelageError
 from tutelage.core.progress import Reporter
 from tutelage.estimate import estimate
-from tutelage.recipe.load import load
+from tutelage.recipe.load import load, parse
 from tutelage.store import Store
 
 EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
@@ -29,6 +29,9 @@ app = typer.Typer(
 )  # fmt: skip
 models_app = typer.Typer(no_args_is_help=True, help="Bundled models: what there is, and fetching.")
 app.add_typer(models_app, name="models")
+targets_app = typer.Typer(no_args_is_help=True, help="Stores of teacher targets: look, convert.")
+app.add_typer(targets_app, name="targets")
+app.add_typer(benches.app, name="bench")
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe (TOML).", show_default=False)]
 Overrides = Annotated[
@@ -189,6 +192,52 @@ def models_pull(
 
     path = catalog.pull(name, say=Reporter().say)
     typer.echo(f"bundled:{name} is in {path}")
+
+
+@targets_app.command("show", epilog="Example: tutelage targets show targets --row 3")
+def targets_show(
+    step: Annotated[str, typer.Argument(help="A score or convert step of the run.")],
+    row: Annotated[int, typer.Option(help="Which answer, from 0; left out: the store.")] = -1,
+    run: RunName = "",
+    store: StorePath = STORE,
+    skip_damaged: Annotated[
+        bool, typer.Option(help="Leave out row groups that are damaged, and say which.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What the teacher said: of the whole store, or of each token of one answer, in colours."""
+    name, found = runs.artifacts(Store(store), run)
+    reader = stores.open_reader(runs.pick(found, step, name), skip_damaged=skip_damaged)
+    if row < 0:
+        shown = stores.summary(reader)
+        _print_json(shown) if as_json else stores.print_summary(Console(), shown)
+        return
+    if row >= len(reader):
+        raise ArtifactError(f"the store has {len(reader)} rows, 0 to {len(reader) - 1}")
+    answer = reader.row(row)
+    decode = stores.decoder(found, reader.meta)
+    tokens = stores.tokens(answer, decode)
+    if as_json:
+        _print_json({"id": answer.id, "tokens": tokens})
+    else:
+        prompt = "".join(map(decode, answer.prompt_ids.tolist()))
+        stores.print_row(Console(), answer, tokens, prompt)
+
+
+@targets_app.command(
+    "convert", epilog="Example: tutelage targets convert 'capture/*.parquet' --model my-student"
+)
+def targets_convert(
+    source: Annotated[Path, typer.Argument(help="DistillKit's Parquet files, a path or glob.")],
+    model: Annotated[
+        str, typer.Option(help="Whose tokenizer the ids are of: a directory, Hub id, bundled:NAME.")
+    ],
+    store: StorePath = STORE,
+) -> None:
+    """Make a store of ours from a DistillKit capture; in a recipe it is a step of its own."""
+    recipe = stores.converted_recipe(source, model)
+    result = pipeline.run([parse(recipe, str(source))], Store(store), reporter=Reporter())
+    display.finished(Console(), result, recipe["name"], store)
 
 
 def _version(value: bool) -> None:

@@ -1,0 +1,166 @@
+"""`tutelage bench store | loss | score`: what the product costs, and how true it is, here.
+
+Parses, calls `tutelage.bench`, prints a table or JSON; torch is imported when a bench runs.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tutelage.core.progress import Reporter
+
+if TYPE_CHECKING:
+    from tutelage.bench.fidelity import Measured
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Measure on this machine, on the bundled teacher's real logits over its T = 1 answers.",
+)
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Rounds after the warm-up; medians are shown.")]
+BUDGETS = (8, 12, 16, 24, 32, 37, 48, 64, 96, 128)
+CHECKPOINTS = (2_048, 4_096, 16_384, 131_072)
+MEMORY_TOKENS = (1_024, 4_096, 16_384, 65_536)
+
+
+@app.command("store", epilog="Example: tutelage bench store --tokens 16384")
+def store(
+    tokens: Annotated[int, typer.Option(min=2_048, help="Answer tokens measured.")] = 4_096,
+    peaked: Annotated[
+        bool, typer.Option(help="Also the teacher at temperature 0.5, a confident one.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Gradient error against bytes a token: threshold sampling beside top-k, draws, DistillKit.
+
+    At 131072 tokens bias, which does not average away, stands clear of noise; that takes about half
+    an hour on two cores and samples the answers once.
+    """
+    from tutelage.bench import fidelity, material
+
+    reporter = Reporter()
+    teacher = material.load_teacher(reporter)
+    answers = material.answers(teacher, tokens, reporter=reporter)
+    hidden = material.hidden(teacher, answers, reporter=reporter)
+    counts = sorted({count for count in CHECKPOINTS if count < tokens} | {tokens})
+    found: list[Measured] = []
+    temperatures = (1.0, 0.5) if peaked else (1.0,)
+    with reporter.bar(tokens * len(temperatures), "gradients", unit="tokens") as bar:
+        for temperature in temperatures:
+            found += fidelity.measure(
+                hidden, answers, temperature=temperature, counts=counts, bar=bar
+            )
+    if as_json:
+        _json([asdict(point) for point in found])
+        return
+    for temperature in temperatures:
+        points = [point for point in found if point.temperature == temperature]
+        _fidelity_tables(Console(), points, temperature, counts)
+
+
+@app.command("loss", epilog="Example: tutelage bench loss --repeats 5")
+def loss(
+    repeats: Repeats = 5,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens of a step.")] = 4_096,
+    as_json: AsJson = False,
+) -> None:
+    """Time and memory of a head-and-loss step: fused distillation, fused SFT, naive full logits.
+
+    The naive step at the larger size needs about 15 GB of memory.
+    """
+    from tutelage.bench import loss as bench
+
+    rows = bench.run(repeats=repeats, tokens=tokens)
+    if as_json:
+        _json(rows)
+    else:
+        _table(Console(), rows, "head-and-loss step (medians of ratios within a round)")
+
+
+@app.command("score", epilog="Example: tutelage bench score --json")
+def score(
+    repeats: Repeats = 5,
+    tokens: Annotated[int, typer.Option(min=256, help="Answer tokens a round reads.")] = 4_096,
+    memory: Annotated[bool, typer.Option(help="Also memory, 1k to 64k tokens.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """The teacher's reading: tokens/s against a bare forward, and memory as more is read."""
+    from tutelage.bench import material, scoring
+
+    reporter = Reporter()
+    teacher = material.load_teacher(reporter)
+    answers = material.answers(teacher, tokens, reporter=reporter)
+    found: dict[str, Any] = scoring.speed(teacher, answers, repeats=repeats)
+    if memory:
+        material.answers(teacher, MEMORY_TOKENS[-1], reporter=reporter)  # sampled once, kept
+        peaks = scoring.memory(MEMORY_TOKENS)
+        found["peak_mib"] = {count: peak / 2**20 for count, peak in peaks.items()}
+        found["peak_ratio"] = max(peaks.values()) / peaks[MEMORY_TOKENS[0]]
+    if as_json:
+        _json(found)
+        return
+    console = Console()
+    console.print(
+        f"scorer {found['scorer_tokens_s']:,.0f} tokens/s, bare forward "
+        f"{found['forward_tokens_s']:,.0f}: {found['ratio']:.2f} of it",
+        highlight=False,
+    )
+    for count, peak in found.get("peak_mib", {}).items():
+        console.print(f"{count:>7,} tokens scored: peak {peak:,.0f} MiB", highlight=False)
+
+
+def _fidelity_tables(
+    console: Console, points: Sequence["Measured"], temperature: float, counts: Sequence[int]
+) -> None:
+    from tutelage.bench import fidelity
+
+    table = Table(
+        box=None, pad_edge=False, header_style="bold", title_justify="left",
+        title=f"teacher at T = {temperature:g}: error of the head-weight gradient",
+    )  # fmt: skip
+    for name in ("method", "setting", "ids", "bytes", *(f"{count:,} tokens" for count in counts)):
+        table.add_column(name, justify="left" if name in ("method", "setting") else "right")
+    for point in points:
+        errors = [f"{point.errors[count]:.4f}" for count in counts]
+        table.add_row(
+            point.method, point.setting, f"{point.ids:.1f}", f"{point.bytes:.1f}", *errors
+        )
+    console.print(table, "")
+    methods = (
+        fidelity.OURS, fidelity.RENORMALISED, fidelity.TRUNCATED, fidelity.PURE_SAMPLING,
+    )  # fmt: skip
+    curve = Table(
+        box=None, pad_edge=False, header_style="bold", title_justify="left",
+        title=f"the same at equal bytes, {counts[-1]:,} tokens (interpolated between settings)",
+    )  # fmt: skip
+    for name in ("bytes a token", *methods):
+        curve.add_column(name, justify="right")
+    for budget in BUDGETS:
+        cells = []
+        for method in methods:
+            of_method = [point for point in points if point.method == method]
+            error = fidelity.interpolated(of_method, count=counts[-1], bytes_=budget)
+            cells.append("-" if error is None else f"{error:.4f}")
+        curve.add_row(str(budget), *cells)
+    console.print(curve, "")
+
+
+def _table(console: Console, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    table = Table(
+        box=None, pad_edge=False, header_style="bold", title=title, title_justify="left"
+    )  # fmt: skip
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="left" if name == "variant" else "right")
+    for row in rows:
+        table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
+    console.print(table)
+
+
+def _json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
