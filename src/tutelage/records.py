@@ -36,6 +36,7 @@ CONVERSATIONS = pa.schema(
         pa.field("complete", pa.bool_(), nullable=False),  # False: cut off, so no end of turn
         pa.field("answer", pa.string()),  # the gold answer, where a verifier has one
         pa.field("task", pa.string()),
+        pa.field("difficulty", pa.float64()),  # 0 = the student always solves it, 1 = never
         pa.field("meta", pa.string()),  # JSON: what else the source said of the row
     ]
 )

@@ -48,6 +48,7 @@ def conversation(
         "complete": True,
         "answer": _text(row, columns, "answer"),
         "task": row["task"] if isinstance(row.get("task"), str) else None,
+        "difficulty": None,
         "meta": json.dumps(rest, ensure_ascii=False, default=str, sort_keys=True) if rest else None,
     }
 

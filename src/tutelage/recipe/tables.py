@@ -10,6 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tutelage.recipe.filters import AnyFilter
+
 
 @dataclass(frozen=True)
 class Reads:
@@ -43,6 +45,8 @@ class Table(BaseModel):
 class Runtime(Table):
     """Where and how fast; never part of an artifact's identity."""
 
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that read and filter rows; 0 takes one a core."""
     device: Literal["auto", "cpu", "cuda", "npu", "mps"] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of a process; 0 takes what the machine offers."""
@@ -102,6 +106,34 @@ class DataSource(Table):
     revision: str = ""
     language: str = ""
     task_config: dict[str, Any] = {}
+    weight: Annotated[float, Field(ge=0)] = 0.0
+    """Share of the result against other sources with a weight: rows are left out until the shares
+    hold, never repeated. 0 takes all its rows."""
+
+
+class Duplicates(Table):
+    """Which rows say the same as an earlier one; earlier in the order of sources, then of rows."""
+
+    of: Literal["prompt", "conversation"] = "prompt"
+    """What is compared: the user's side, or all that is said."""
+    near: Annotated[float, Field(ge=0, le=1)] = 0.64
+    """Least Jaccard similarity of 3-word shingles; 0 drops exact copies only."""
+    same_numbers: bool = False
+    """Rows with other numbers are no duplicates: for problems made from templates."""
+
+
+class Select(Table):
+    """Which of the rows that are left are taken."""
+
+    by: Literal["zip", "balance", "difficulty"]
+    """zip: the most varied, by compression (arXiv 2407.06645). balance: groups as equal as can be.
+    difficulty: near `centre`, by a Gaussian weight."""
+    count: PositiveInt
+    over: tuple[Literal["source", "language", "difficulty", "mode"], ...] = ("source", "language")
+    """What makes a group, with `by = "balance"`."""
+    centre: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Preferred difficulty: 0 is solved always, 1 never."""
+    width: Annotated[float, Field(gt=0)] = 0.2
 
 
 class Step(Table):
@@ -124,19 +156,68 @@ class Prune(Step):
     """Bundled prompts on which block influence is measured."""
 
 
-class Data(Step):
-    """Conversations or prompts from files, the Hub, a task or the bundled prompt file."""
+class Funnel(Step):
+    """What narrows rows down, in this order: filters, decontaminate, duplicates, part, select."""
 
     produces: ClassVar[str] = "conversations"
-    stage: Literal["data"]
-    sources: Annotated[tuple[DataSource, ...], Field(min_length=1)]
+    version: ClassVar[int] = 2
+    filters: tuple[AnyFilter, ...] = ()
+    """One after the other, as listed; what they drop is kept aside in `quarantine/`."""
+    tokenizer: ModelRef = ""
+    """The model whose tokens `length` counts."""
+    decontaminate: tuple[DataSource, ...] = ()
+    """Evaluation items: rows that share 13 words in a row with one are dropped."""
+    duplicates: Duplicates | None = None
+    """Left out, duplicates stay."""
     part: Literal["all", "train", "holdout"] = "all"
     """Which side of the split; it goes by the prompt's text, so equal prompts never straddle it."""
     holdout_share: Share = 0.1
+    select: Select | None = None
     limit: Annotated[int, Field(ge=0)] = 0
     """Rows kept after the shuffle; 0 keeps all."""
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _a_tokenizer_for_lengths(self) -> "Funnel":
+        if any(table.name == "length" for table in self.filters) and not self.tokenizer:
+            raise ValueError("filter length counts tokens: name a model in tokenizer")
+        return self
+
+
+class Data(Funnel):
+    """Conversations or prompts from files, the Hub, a task or the bundled prompt file."""
+
+    stage: Literal["data"]
+    sources: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     max_bad_share: Share = 0.01
-    """More malformed rows than this stop the step; fewer are set aside in `quarantine.jsonl`."""
+    """More malformed rows than this stop the step; fewer are set aside in `quarantine/`."""
+
+
+class Curate(Funnel):
+    """The same for conversations that earlier steps made: synthesized, scored for difficulty."""
+
+    stage: Literal["curate"]
+    data: Annotated[tuple[ConversationsRef, ...], Field(min_length=1)]
+
+
+class Difficulty(Step):
+    """How hard each row is for a student, from 0 (always solved) to 1 (never)."""
+
+    produces: ClassVar[str] = "conversations"
+    stage: Literal["difficulty"]
+    model: ModelRef
+    data: ConversationsRef
+    by: Literal["pass-rate", "likelihood"] = "pass-rate"
+    """pass-rate: 1 - share of `samples` answers that the verifier takes (arXiv 2505.22375), for
+    rows with a gold answer. likelihood: rank of the row's answer by IFD (arXiv 2308.12032)."""
+    verifier: str = "auto"
+    """A grader: exact, numeric, math, choice, reasoning-gym; auto goes by the row."""
+    mode: Mode = "fast"
+    samples: PositiveInt = 4
+    max_tokens: PositiveInt = 256
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    shard_rows: PositiveInt = 64
+    batch_rows: PositiveInt = 32
     seed: Seed
 
 
@@ -168,6 +249,37 @@ class Synthesize(Sampling):
     one that has no thinking mode of its own."""
     keep_truncated: bool = True
     """Keep answers cut off at `max_tokens`, without teaching their end."""
+    verifier: str = ""
+    """A grader (exact, numeric, math, choice, reasoning-gym, or auto: by the row) that the answer
+    must pass; empty takes answers as they come. Rows without a gold answer pass unjudged."""
+    keep: Literal["all", "shortest"] = "all"
+    """Of a prompt's answers that passed: all, or the one of fewest tokens (arXiv 2505.22375)."""
+    judge: ModelRef = ""
+    """A model that gives a second opinion: answers it rates under `judge_least` are put aside."""
+    rubric: str = "The answer is correct, complete, clear, and does what was asked."
+    judge_least: Annotated[int, Field(ge=1, le=5)] = 3
+
+
+class Magpie(Step):
+    """Prompts by the teacher: given only the opening of a user's turn, it writes one (2406.08464).
+
+    Filter them like any other prompts, in a `curate` step.
+    """
+
+    produces: ClassVar[str] = "conversations"
+    stage: Literal["magpie"]
+    teacher: ModelRef
+    count: PositiveInt
+    """Prompts asked for; empty ones and those cut off are left out."""
+    system: str = ""
+    """A system message before the turn, to steer what is asked about."""
+    language: str = ""
+    """What the rows say their language is."""
+    max_tokens: PositiveInt = 128
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    shard_rows: PositiveInt = 64
+    batch_rows: PositiveInt = 32
+    seed: Seed
 
 
 class Rollout(Sampling):
@@ -194,7 +306,7 @@ class Score(Step):
     budget: Annotated[float, Field(ge=0)] = 0.0
     """Instead of tau: so much a token, from which tau is found on a sample; 0 sets none."""
     budget_unit: Literal["ids", "bytes"] = "bytes"
-    """bytes counts what the teacher says; the text and the student's own are about 3 a token more."""
+    """bytes counts what the teacher says; text and student add about 3 a token."""
     head: Annotated[int, Field(ge=0)] = 12
     draws: Annotated[int, Field(ge=0)] = 0
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -254,6 +366,26 @@ class Training(Step):
     seed: Seed
 
 
+class CurriculumStage(Table):
+    """A part of an `sft` step's training with one mixture of modes, one rate and one order."""
+
+    mix: dict[Mode, Annotated[float, Field(ge=0)]]
+    """Weight of each mode: `{ reasoning = 3, fast = 1 }` is three to one, in examples."""
+    share: Annotated[float, Field(gt=0, le=1)]
+    """Of the step's examples; the shares of all stages sum to 1."""
+    lr_scale: Annotated[float, Field(gt=0)] = 1.0
+    replay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of this stage's examples that follow the mixtures of the stages before it."""
+    ramp: Share = 0.0
+    """Share of this stage over which its mixture grows from the last one's; 0 switches at once."""
+    order: Literal["random", "easy-first"] = "random"
+    """easy-first needs rows with a difficulty."""
+    pacing: Literal["linear", "root", "step"] = "root"
+    """How harder rows are let in (arXiv 1904.03626)."""
+    start: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """The easiest share of the rows, open from the beginning."""
+
+
 class Sft(Training):
     """Supervised fine-tuning on conversations; several data steps are mixed."""
 
@@ -262,6 +394,9 @@ class Sft(Training):
     mixture: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """One weight per data step, as shares of the rows seen: an epoch sees every row of the first
     step once and as many of the others as their weights ask for. Left out: every row once."""
+    curriculum: tuple[CurriculumStage, ...] = ()
+    """Stages by mode over all rows together, instead of a mixture of data steps; an epoch is as
+    many examples as there are rows."""
 
     @model_validator(mode="before")
     @classmethod
@@ -269,6 +404,14 @@ class Sft(Training):
         if isinstance(value, dict) and isinstance(value.get("data"), str):
             return {**value, "data": [value["data"]]}
         return value
+
+    @model_validator(mode="after")
+    def _one_way_to_mix(self) -> "Sft":
+        if self.mixture and self.curriculum:
+            raise ValueError("mixture and curriculum exclude each other: give one")
+        if self.curriculum and abs(sum(stage.share for stage in self.curriculum) - 1) > 1e-6:
+            raise ValueError("the shares of the curriculum's stages do not sum to 1")
+        return self
 
     @model_validator(mode="after")
     def _a_weight_for_each(self) -> "Sft":
@@ -359,6 +502,9 @@ class Report(Step):
 AnyStep = Annotated[
     Prune
     | Data
+    | Curate
+    | Difficulty
+    | Magpie
     | Synthesize
     | Sft
     | Rollout

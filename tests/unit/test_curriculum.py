@@ -1,0 +1,298 @@
+"""A plan gives every stage its mixture, every row its turn, and easy rows theirs first."""
+
+import subprocess
+import sys
+from typing import get_args
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tutelage.core.errors import RecipeError
+from tutelage.train.curriculum import (
+    BANDS,
+    DEFAULT,
+    PAPER,
+    CurriculumStage,
+    Pacing,
+    Part,
+    Plan,
+    available_share,
+    interleave,
+    plan_order,
+    series,
+    summary,
+)
+
+NAN = float("nan")
+MODES: tuple[str, ...] = ("fast", "other", "reasoning")
+PACINGS = get_args(Pacing)
+
+
+@st.composite
+def curricula(draw: st.DrawFn) -> tuple[CurriculumStage, ...]:
+    parts = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    weights = st.dictionaries(st.sampled_from(MODES), st.integers(0, 5), min_size=1)
+    return tuple(
+        CurriculumStage(
+            mix=draw(weights.filter(_has_weight)),
+            share=part / sum(parts),
+            lr_scale=draw(st.sampled_from([0.1, 0.5, 1.0])),
+            replay=draw(st.integers(0, 9)) / 10 if number else 0.0,
+            ramp=draw(st.integers(0, 10)) / 10 if number else 0.0,
+            order=draw(st.sampled_from(["random", "easy-first"])),
+            pacing=draw(st.sampled_from(PACINGS)),
+            start=draw(st.integers(1, 20)) / 20,
+        )
+        for number, part in enumerate(parts)
+    )
+
+
+def _has_weight(mix: dict[str, int]) -> bool:
+    return sum(mix.values()) > 0
+
+
+def rows_of(sizes: dict[str, int], *, seed: int = 0) -> tuple[list[str], np.ndarray]:
+    """Modes in mixed order, and difficulties of which each seventh is unknown."""
+    rng = np.random.default_rng(seed)
+    modes = [mode for mode, size in sizes.items() for _ in range(size)]
+    rng.shuffle(modes)
+    difficulty = rng.random(len(modes)).round(1)
+    difficulty[::7] = NAN
+    return modes, difficulty
+
+
+def plan_of(stages, modes: list[str], difficulty: np.ndarray, *, examples: int, seed=0) -> Plan:
+    return plan_order(stages, modes_N=modes, difficulty_N=difficulty, examples=examples, seed=seed)
+
+
+def easy_first(**options) -> tuple[CurriculumStage]:
+    return (CurriculumStage(mix={"fast": 1}, share=1, order="easy-first", **options),)
+
+
+@settings(max_examples=40, deadline=None)
+@given(curricula(), st.integers(0, 400), st.integers(0, 3))
+def test_any_curriculum_plans_every_example_the_same_way_again(
+    stages: tuple[CurriculumStage, ...], examples: int, seed: int
+) -> None:
+    modes, difficulty = rows_of({"fast": 11, "other": 5, "reasoning": 23})
+    plan = plan_of(stages, modes, difficulty, examples=examples, seed=seed)
+    again = plan_of(stages, modes, difficulty, examples=examples, seed=seed)
+    for got, same in zip(vars(plan).values(), vars(again).values(), strict=True):
+        assert len(got) == examples
+        np.testing.assert_array_equal(got, same)
+    assert (np.diff(plan.stage_E) >= 0).all()
+    np.testing.assert_array_equal(
+        plan.lr_scale_E, np.array([stage.lr_scale for stage in stages])[plan.stage_E]
+    )
+    for number, stage in enumerate(stages):
+        assert abs((plan.stage_E == number).sum() - stage.share * examples) <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(curricula(), st.integers(1, 400))
+def test_in_random_order_no_row_of_a_stage_is_two_turns_ahead_of_another(
+    stages: tuple[CurriculumStage, ...], examples: int
+) -> None:
+    modes, difficulty = rows_of({"fast": 11, "other": 5, "reasoning": 23})
+    plan = plan_of(stages, modes, difficulty, examples=examples)
+    for number, stage in enumerate(stages):
+        if stage.order == "easy-first":
+            continue
+        turns = np.bincount(plan.order_E[plan.stage_E == number], minlength=len(modes))
+        for mode in set(modes):
+            of_mode = turns[[name == mode for name in modes]]
+            assert of_mode.max() - of_mode.min() <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 40), st.integers(1, 300), st.sampled_from(PACINGS), st.floats(0.01, 1),
+    st.integers(0, 9),
+)  # fmt: skip
+def test_easy_first_draws_only_what_is_open_and_repeats_only_when_all_of_it_was_met(
+    n: int, examples: int, pacing: Pacing, start: float, seed: int
+) -> None:
+    # Difficulties of their own, so that the bands are known: rows 0, 1, 2 ... from easy to hard.
+    difficulty = np.arange(n) / n
+    plan = plan_of(
+        easy_first(pacing=pacing, start=start), ["fast"] * n, difficulty,
+        examples=examples, seed=seed,
+    )  # fmt: skip
+    shares = available_share(np.arange(examples) / examples, pacing=pacing, start=start)
+    met: set[int] = set()
+    for row, share in zip(plan.order_E.tolist(), shares, strict=True):
+        # Whole bands are open: the share, rounded up to a band, and by that to a row.
+        opened = np.ceil(np.ceil(share * BANDS - 1e-6) * n / BANDS - 1e-9)
+        assert row < opened
+        assert row not in met or len(met) == opened
+        met.add(row)
+
+
+def test_an_easy_first_epoch_climbs_by_bands_and_is_shuffled_within_them_each_time() -> None:
+    n = 100
+    stages = easy_first(pacing="step", start=1.0)
+    modes, difficulty = ["fast"] * n, np.arange(n)[::-1] / n
+    epochs = plan_of(stages, modes, difficulty, examples=3 * n).order_E.reshape(3, n)
+    for epoch in epochs:
+        bands = (difficulty[epoch] * BANDS + 1e-9).astype(int)
+        np.testing.assert_array_equal(bands, np.arange(n) // BANDS)
+    assert (epochs[0] != epochs[1]).mean() > 0.8
+    assert (epochs[1] != epochs[2]).mean() > 0.8
+
+
+def test_pacing_begins_anew_in_every_stage() -> None:
+    step = CurriculumStage(mix={"fast": 1}, share=0.5, order="easy-first", pacing="step")
+    plan = plan_of((step, step), ["fast"] * 10, np.arange(10.0), examples=80)
+    for half in plan.order_E.reshape(2, 40):
+        assert set(half[:20].tolist()) == {0, 1}
+        assert set(half[20:].tolist()) == set(range(10))
+
+
+def test_one_epoch_of_easy_first_meets_every_row_once_whatever_the_start() -> None:
+    for pacing in ("linear", "root"):
+        plan = plan_of(easy_first(pacing=pacing), ["fast"] * 200, np.arange(200.0), examples=200)
+        assert sorted(plan.order_E.tolist()) == list(range(200))
+
+
+def test_unknown_difficulty_counts_as_the_median() -> None:
+    difficulty = np.array([0.1] * 45 + [NAN] * 10 + [0.5] + [0.9] * 45)
+    plan = plan_of(easy_first(pacing="step", start=1.0), ["fast"] * 101, difficulty, examples=101)
+    places = np.flatnonzero((plan.order_E >= 45) & (plan.order_E < 55))
+    assert 40 <= places.min() < places.max() <= 60
+
+
+def test_a_later_stage_begins_with_the_rows_that_earlier_ones_did_not_reach() -> None:
+    stages = tuple(CurriculumStage(mix={"fast": 1}, share=0.5) for _ in range(2))
+    plan = plan_of(stages, ["fast"] * 100, np.full(100, NAN), examples=100)
+    assert sorted(plan.order_E.tolist()) == list(range(100))
+
+
+@pytest.mark.parametrize("pacing", PACINGS)
+@given(start=st.floats(0.01, 1))
+def test_pacing_begins_at_its_start_never_falls_and_ends_with_all(
+    pacing: Pacing, start: float
+) -> None:
+    shares = available_share(np.linspace(0, 1, 101), pacing=pacing, start=start)
+    assert shares[0] == pytest.approx(start)
+    assert (np.diff(shares) >= 0).all()
+    assert shares[-1] == pytest.approx(1)
+    assert (shares <= 1 + 1e-12).all()
+
+
+def test_pacing_functions_have_their_closed_forms() -> None:
+    half = np.array([0.5])
+    assert available_share(half, pacing="linear", start=0.2) == pytest.approx(0.6)
+    assert available_share(half, pacing="root", start=0.2) == pytest.approx(np.sqrt(0.52))
+    assert available_share(half - 1e-9, pacing="step", start=0.2) == 0.2
+    assert available_share(half, pacing="step", start=0.2) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 300), st.integers(1, 5), st.integers(0, 99))
+def test_mode_counts_follow_a_moving_mixture_everywhere(
+    examples: int, num_modes: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    before, after = rng.dirichlet(np.full(num_modes, 0.3), size=2)
+    mix = before + (after - before) * np.linspace(0, 1, examples)[:, None]
+    columns = interleave(mix)
+    assert len(columns) == examples
+    off = np.eye(num_modes)[columns].cumsum(0) - mix.cumsum(0)
+    assert (np.abs(off) <= num_modes / 2 + 1).all()
+
+
+def test_three_to_one_is_three_to_one_in_every_window_of_four() -> None:
+    columns = interleave(np.tile([0.25, 0.75], (400, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(columns, 4)
+    assert (windows.sum(1) == 3).all()
+
+
+def test_the_papers_order_is_strict_and_the_default_replays_and_ramps() -> None:
+    modes, difficulty = rows_of({"fast": 500, "reasoning": 500})
+    tokens = np.full(1000, 2)
+    paper = plan_of(PAPER, modes, difficulty, examples=400)
+    assert summary(paper, modes_N=modes, tokens_N=tokens) == [
+        Part(0, "reasoning", 300, 300, 600), Part(1, "fast", 100, 100, 200),
+    ]  # fmt: skip
+    default = plan_of(DEFAULT, modes, difficulty, examples=1000)
+    shares = series(default, modes_N=modes, difficulty_N=difficulty, windows=20).shares
+    # 0.8 + 0.2 * 1 / 4 of the last stage's examples are fast, after a quarter of it on the way.
+    np.testing.assert_allclose(shares["fast"][:16], 0.25, atol=0.021)
+    np.testing.assert_allclose(shares["fast"][16], 0.55, atol=0.021)
+    np.testing.assert_allclose(shares["fast"][17:], 0.85, atol=0.021)
+    assert set(default.lr_scale_E[:800]) == {1.0}
+    assert set(default.lr_scale_E[800:]) == {DEFAULT[1].lr_scale}
+
+
+def test_replay_follows_all_earlier_mixes_by_their_shares() -> None:
+    stages = (
+        CurriculumStage(mix={"reasoning": 1}, share=0.3),
+        CurriculumStage(mix={"other": 1}, share=0.1),
+        CurriculumStage(mix={"fast": 1}, share=0.6, replay=0.4),
+    )
+    modes, difficulty = rows_of({"fast": 30, "other": 30, "reasoning": 30})
+    plan = plan_of(stages, modes, difficulty, examples=1000)
+    last = [part for part in summary(plan, modes_N=modes, tokens_N=np.ones(90)) if part.stage == 2]
+    assert {part.mode: part.examples for part in last} == {
+        "fast": 360, "other": 60, "reasoning": 180,
+    }  # fmt: skip
+
+
+def test_a_summary_counts_repeats_as_examples_and_tokens_but_not_as_rows() -> None:
+    plan = Plan(np.array([0, 0, 1, 2, 2]), np.array([0, 0, 0, 1, 1], np.int8), np.ones(5))
+    parts = summary(plan, modes_N=["fast", "reasoning", "fast"], tokens_N=np.array([5, 7, 11]))
+    assert parts == [
+        Part(0, "fast", 2, 1, 10), Part(0, "reasoning", 1, 1, 7), Part(1, "fast", 2, 1, 22),
+    ]  # fmt: skip
+
+
+def test_a_series_averages_known_difficulties_and_leaves_a_gap_where_there_are_none() -> None:
+    plan = Plan(np.array([0, 1, 2, 2, 0]), np.zeros(5, np.int8), np.ones(5))
+    course = series(
+        plan, modes_N=["fast", "reasoning", "fast"],
+        difficulty_N=np.array([0.2, 0.6, NAN]), windows=2,
+    )  # fmt: skip
+    assert course.end_W.tolist() == [2, 5]
+    np.testing.assert_allclose(course.shares["fast"], [0.5, 1.0])
+    np.testing.assert_allclose(course.difficulty_W, [0.4, 0.2])
+    gap = series(plan, modes_N=["fast"] * 3, difficulty_N=np.full(3, NAN), windows=9)
+    assert len(gap.end_W) == 5
+    assert np.isnan(gap.difficulty_W).all()
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (DEFAULT, "no row has the mode 'reasoning'; the data has: fast"),
+        ((), "sum to 0"),
+        ((CurriculumStage(mix={"fast": 1}, share=0.5),), r"sum to 0\.5, not to 1"),
+        ((CurriculumStage(mix={"fast": 1}, share=1, replay=0.1),), "no earlier one"),
+        ((CurriculumStage(mix={"fast": 1}, share=1, ramp=0.1),), "no earlier one"),
+        (easy_first(), "no row of mode 'fast' has a difficulty"),
+    ],
+)
+def test_a_curriculum_the_data_cannot_follow_says_why(
+    stages: tuple[CurriculumStage, ...], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        plan_of(stages, ["fast"] * 3, np.full(3, NAN), examples=10)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mix": {}}, {"mix": {"fast": 0}}, {"mix": {"fast": -1, "reasoning": 3}},
+        {"mix": {"fast": NAN}}, {"share": 0}, {"lr_scale": 0}, {"replay": 1}, {"ramp": 1.1},
+        {"start": 0},
+    ],
+)  # fmt: skip
+def test_a_stage_of_impossible_values_says_what_it_needs(options: dict) -> None:
+    with pytest.raises(RecipeError, match="needs"):
+        CurriculumStage(**{"mix": {"fast": 1}, "share": 1, **options})
+
+
+def test_planning_needs_no_torch() -> None:
+    check = "import sys, tutelage.train.curriculum; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
