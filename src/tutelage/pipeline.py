@@ -15,7 +15,13 @@ from typing import Any
 
 from tutelage.core import files
 from tutelage.core.artifact import Artifact, WorkDir, finish, measure_peak
-from tutelage.core.errors import ArtifactError, EngineError, ModelError, TutelageError
+from tutelage.core.errors import (
+    ArtifactError,
+    DataError,
+    EngineError,
+    ModelError,
+    TutelageError,
+)
 from tutelage.core.fingerprint import differences, fingerprint
 from tutelage.core.lock import file_lock
 from tutelage.core.progress import Reporter
@@ -64,6 +70,7 @@ class _Run:
     store: Store
     reporter: Reporter
     device: str
+    workers: int
     planned: Mapping[str, Planned]
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
@@ -187,7 +194,8 @@ def run(
             store.run_folder(recipe.name) / "recipe.json",
             {v.label or recipe.name: v.recipe.model_dump(mode="json") for v in variants},
         )
-        state = _Run(recipe.name, store, reporter, recipe.runtime.device, planned)
+        workers = recipe.runtime.workers or os.cpu_count() or 1
+        state = _Run(recipe.name, store, reporter, recipe.runtime.device, workers, planned)
         waiting = list(planned)
         while waiting:
             waiting = _pass(state, waiting)
@@ -265,10 +273,11 @@ def _make(state: _Run, planned: Planned) -> Artifact:
     try:
         work = WorkDir.open(
             state.store.partial(node.stage, planned.fingerprint),
-            reporter=state.reporter, device=state.device,
+            reporter=state.reporter, device=state.device, workers=state.workers,
         )  # fmt: skip
         peak = measure_peak()
         summary = _run_stage(node.step, inputs, work)
+        _check_unchanged(node.step, planned, state.store)
         artifact = finish(
             work, final, identity=planned.identity, summary=summary,
             inputs={role: _input_entry(artifact) for role, artifact in inputs.items()},
@@ -282,6 +291,13 @@ def _make(state: _Run, planned: Planned) -> Artifact:
     state.made.append(node.name)
     state.reporter.say(f"  done in {artifact.manifest['seconds']:,.1f} s  {_shown(summary)}")
     return artifact
+
+
+def _check_unchanged(step: Step, planned: Planned, store: Store) -> None:
+    """What a step read from outside must be what its identity says, or it would lie for ever."""
+    now = data_identity(step, memo=store.memo)
+    if changed := differences(planned.identity.get("outside"), now or None):
+        raise DataError(f"a source changed while it was read ({changed[0]}); run again")
 
 
 def _run_stage(

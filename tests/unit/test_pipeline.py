@@ -459,7 +459,7 @@ def test_a_step_that_another_process_makes_is_waited_for_not_made_twice(
     rows = planned["rows"]
     with file_lock(project.store.lock("data", rows.fingerprint), wait=False) as held:
         assert held
-        state = pipeline._Run("fake", project.store, QUIET, "cpu", planned)
+        state = pipeline._Run("fake", project.store, QUIET, "cpu", 1, planned)
         assert not pipeline._try(state, "rows", wait=False)
         assert project.calls == []
     assert pipeline._try(state, "rows", wait=False)

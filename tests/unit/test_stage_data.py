@@ -56,7 +56,7 @@ def text(row: dict[str, Any]) -> str:
 def test_every_row_arrives_once_in_an_order_that_follows_from_the_seed(stage: Stage) -> None:
     source = stage.write("a.jsonl", *prompts(50))
     summary, rows = stage.run(source)
-    assert summary == {"rows": 50, "read": 50, "bad": 0}
+    assert summary == {"rows": 50, "read": 50, "dropped_unreadable": 0}
     assert sorted(map(text, rows)) == sorted(p["prompt"] for p in prompts(50))
     assert list(map(text, rows)) == list(map(text, stage.run(source)[1]))
     assert list(map(text, rows)) != list(map(text, stage.run(source, seed=2)[1]))
@@ -65,9 +65,9 @@ def test_every_row_arrives_once_in_an_order_that_follows_from_the_seed(stage: St
 def test_few_bad_rows_are_set_aside_with_file_and_line(stage: Stage, tmp_path: Path) -> None:
     lines = [*prompts(3), '{"prompt": "x"', *prompts(6, 3), {"messages": [{"role": "[/x]"}]}]
     summary, rows = stage.run(stage.write("a.jsonl", *lines), max_bad_share=0.2)
-    assert summary == {"rows": 9, "read": 11, "bad": 2}
+    assert summary == {"rows": 9, "read": 11, "dropped_unreadable": 2}
     assert len(rows) == 9
-    aside = (tmp_path / "work" / "quarantine.jsonl").read_text().splitlines()
+    aside = (tmp_path / "work" / "quarantine" / "unreadable.jsonl").read_text().splitlines()
     assert [json.loads(line)["place"] for line in aside] == ["a.jsonl:4", "a.jsonl:11"]
     assert "'[/x]'" in json.loads(aside[1])["reason"]
     assert "2 bad rows set aside, first: a.jsonl:4: not JSON" in stage.console.export_text()
@@ -89,7 +89,7 @@ def test_too_many_bad_rows_stop_the_step_with_the_first_place(stage: Stage, tmp_
 
 def test_a_share_of_bad_rows_just_at_the_limit_passes(stage: Stage) -> None:
     source = stage.write("a.jsonl", *prompts(9), "[]")
-    assert stage.run(source, max_bad_share=0.1)[0]["bad"] == 1
+    assert stage.run(source, max_bad_share=0.1)[0]["dropped_unreadable"] == 1
     with pytest.raises(DataError):
         stage.run(source, max_bad_share=0.09)
 
@@ -108,7 +108,7 @@ def test_an_empty_data_set_is_refused(stage: Stage, lines: tuple[str, ...]) -> N
 
 def test_a_part_without_rows_is_refused(stage: Stage) -> None:
     source = stage.write("a.jsonl", *prompts(4))
-    with pytest.raises(DataError, match=r"no row is left of 4 read \(part = 'holdout'"):
+    with pytest.raises(DataError, match=r"no row is left of 4 read: holdout dropped the last 4"):
         stage.run(source, part="holdout", holdout_share=0.0)
 
 

@@ -1,12 +1,14 @@
-"""`tutelage bench store | loss | score`: what the product costs, and how true it is, here.
+"""`tutelage bench store | loss | score | data`: what the product costs, and how true it is, here.
 
 Parses, calls `tutelage.bench`, prints a table or JSON; torch is imported when a bench runs.
 """
 
 import json
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -113,6 +115,25 @@ def score(
     )
     for count, peak in found.get("peak_mib", {}).items():
         console.print(f"{count:>7,} tokens scored: peak {peak:,.0f} MiB", highlight=False)
+
+
+@app.command("data", epilog="Example: tutelage bench data --rows 100000")
+def data(
+    rows: Annotated[int, typer.Option(min=1_000, help="Synthetic rows.")] = 100_000,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """The data funnel: speed, memory, and what it finds of planted faults."""
+    from tutelage.bench import curation
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = curation.run(rows=rows, workers=workers, folder=Path(folder))
+    if as_json:
+        _json(found)
+        return
+    for name, value in found.items():
+        shown = f"{value:,.4g}" if isinstance(value, float) else value
+        Console().print(f"{name} = {shown}", highlight=False)
 
 
 def _fidelity_tables(

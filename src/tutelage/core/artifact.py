@@ -119,17 +119,18 @@ class WorkDir:
     reporter: Reporter = field(default_factory=Reporter)
     device: str = "cpu"
     ledger: dict[str, dict[str, Any]] = field(default_factory=dict)
+    workers: int = 1
+    """Processes that work on rows may take."""
 
     @classmethod
-    def open(cls, path: Path, *, reporter: Reporter, device: str) -> "WorkDir":
+    def open(cls, path: Path, *, reporter: Reporter, device: str, workers: int = 1) -> "WorkDir":
         """Make the folder, or go on with what an earlier attempt left in it."""
         path.mkdir(parents=True, exist_ok=True)
         for stale in path.rglob("*.tmp"):  # what a kill left of an unfinished atomic write
             stale.unlink()
         ledger = path / LEDGER
-        return cls(
-            path, reporter, device, json.loads(ledger.read_text()) if ledger.exists() else {}
-        )
+        done = json.loads(ledger.read_text()) if ledger.exists() else {}
+        return cls(path, reporter, device, done, workers)
 
     def done(self, part: str) -> bool:
         """Whether the part of this name is finished."""

@@ -81,7 +81,7 @@ class _RichBar(Bar):
     task: int = 0
 
     def show(self) -> None:
-        self.progress.update(self.task, completed=self.done, note=self.text)  # type: ignore[arg-type]
+        self.progress.update(self.task, completed=self.done, total=self.total, note=self.text)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

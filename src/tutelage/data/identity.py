@@ -8,7 +8,7 @@ from typing import Any
 
 from tutelage.core.errors import DataError
 from tutelage.core.hashes import remembered_sha256
-from tutelage.recipe.tables import Convert, Data, DataSource, Step
+from tutelage.recipe.tables import Convert, Data, DataSource, Funnel, Step
 
 BUNDLED_PROMPTS = Path(__file__).with_name("prompts.jsonl")
 
@@ -46,9 +46,13 @@ def data_identity(step: Step, *, memo: Path) -> dict[str, Any]:
     """
     if isinstance(step, Convert):
         return {"sha256": _hashes(step.source, local_files(step.source), memo)}
+    found: dict[str, Any] = {}
     if isinstance(step, Data):
-        return {str(index): _identity(source, memo) for index, source in enumerate(step.sources)}
-    return {}
+        found = {str(index): _identity(source, memo) for index, source in enumerate(step.sources)}
+    if isinstance(step, Funnel):
+        for index, source in enumerate(step.decontaminate):
+            found[f"decontaminate.{index}"] = _identity(source, memo)
+    return found
 
 
 def _identity(source: DataSource, memo: Path) -> dict[str, Any]:

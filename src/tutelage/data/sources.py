@@ -5,10 +5,11 @@ a bad row can be found again. A row that cannot be read is an `UnreadableRow`.
 """
 
 import csv
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,8 @@ from tutelage.core.errors import DataError
 from tutelage.data.identity import source_files
 from tutelage.recipe.tables import DataSource
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+REFUSED_TASKS = {"codeio": "its answers are judged by running generated programs unguarded"}
 csv.field_size_limit(1 << 28)  # the default of 128 KiB cuts long answers
 
 
@@ -46,21 +48,42 @@ def read_source(source: DataSource, *, seed: int) -> Iterator[Row]:
 
 
 def _file(path: Path) -> Iterator[Row]:
-    readers = {
-        ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".parquet": _parquet,
-        ".csv": _delimited, ".tsv": _delimited,
-    }  # fmt: skip
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: unknown kind of file; known: {', '.join(SUFFIXES)}")
+    suffix, compressed = _kind(path)
+    reader = READERS.get(suffix)
+    if reader is None or (compressed and reader is _parquet):
+        raise DataError(
+            f"{path}: unknown kind of file; known: {', '.join(READERS)}, all but the last also "
+            f"with {' or '.join(COMPRESSED)} behind"
+        )
     try:
         yield from reader(path)
     except (pa.ArrowException, csv.Error, UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from error
+        kind = suffix[1:] + compressed
+        raise DataError(f"{path}: cannot be read as {kind}: {error}") from error
+
+
+def _kind(path: Path) -> tuple[str, str]:
+    """The suffix that says what the rows are, and the one of its compression, or ""."""
+    suffix = path.suffix.lower()
+    return (Path(path.stem).suffix.lower(), suffix) if suffix in COMPRESSED else (suffix, "")
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The file's bytes as a stream, unpacked on the way.
+
+    Raises OSError, there or while reading, where an archive is cut off or damaged. What zstd wrote
+    without a checksum (the default of most libraries) may be damaged unseen.
+    """
+    _, compressed = _kind(path)
+    if not compressed:
+        return path.open("rb")
+    if not path.stat().st_size:  # pyarrow takes it for an archive of nothing
+        raise OSError("Truncated compressed stream: 0 bytes")
+    return io.BufferedReader(pa.input_stream(str(path), compression=COMPRESSED[compressed]))
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as stream:
+    with _opened(path) as stream:
         for number, line in enumerate(stream, 1):
             text = line.removeprefix(b"\xef\xbb\xbf").strip()  # a byte-order mark is not data
             if text:
@@ -89,8 +112,10 @@ def _checked(row: Any) -> dict[str, Any] | UnreadableRow:
 
 
 def _json(path: Path) -> Iterator[Row]:
+    with _opened(path) as stream:
+        contents = stream.read()
     try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
+        rows = json.loads(contents.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}") from error
     if not isinstance(rows, list):
@@ -100,8 +125,8 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _delimited(path: Path) -> Iterator[Row]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with path.open(encoding="utf-8-sig", newline="") as stream:
+    delimiter = "\t" if _kind(path)[0] == ".tsv" else ","
+    with io.TextIOWrapper(_opened(path), encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
         for row in reader:
             place = f"{path.name}:{reader.line_num}"
@@ -118,6 +143,12 @@ def _parquet(path: Path) -> Iterator[Row]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path.name}[{number}]", row
+
+
+READERS = {
+    ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _delimited, ".tsv": _delimited,
+    ".parquet": _parquet,
+}  # fmt: skip
 
 
 def _hub(source: DataSource) -> Iterator[Row]:
@@ -142,6 +173,8 @@ def _task(source: DataSource, seed: int) -> Iterator[Row]:
         import reasoning_gym
     except ImportError:
         raise DataError(f'task:{name} needs reasoning-gym: pip install "tutelage[tasks]"') from None
+    if name in REFUSED_TASKS:
+        raise DataError(f"task:{name} is refused: {REFUSED_TASKS[name]}; take another task")
     if not source.limit:
         raise DataError(f"task:{name} has no end of its own: set limit")
     try:
@@ -151,7 +184,20 @@ def _task(source: DataSource, seed: int) -> Iterator[Row]:
     except (ValueError, TypeError, AssertionError) as error:
         raise DataError(f"task:{name} cannot be made: {error}") from error
     for number, item in enumerate(items, 1):
-        yield (
-            f"{name}[{number}]",
-            {"prompt": item["question"], "answer": item["answer"], "task": name, "language": "en"},
-        )
+        yield f"{name}[{number}]", _task_row(name, source, item)
+
+
+def _task_row(
+    name: str, source: DataSource, item: Mapping[str, Any]
+) -> dict[str, Any] | UnreadableRow:
+    """A row with all that its task's own scorer needs to judge an answer later."""
+    if item["answer"] is None:
+        return UnreadableRow("has no gold answer: the task has many right ones and names none")
+    entry = {key: item[key] for key in ("question", "answer", "metadata")}
+    return {
+        "prompt": item["question"],
+        "answer": item["answer"],
+        "task": name,
+        "language": "en",
+        "reasoning_gym": {"config": source.task_config, "entry": entry},
+    }
