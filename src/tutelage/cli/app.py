@@ -1,17 +1,17 @@
 """The verbs. Each parses its words, calls one function below, and prints; no torch at import."""
 
-import json
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
 
 from tutelage import __version__, pipeline
-from tutelage.cli import benches, display, runs, stores
+from tutelage.cli import benches, display, look, runs, stores
+from tutelage.cli.options import STORE, AsJson, RunName, StorePath, print_json
 from tutelage.core.errors import ArtifactError, TutelageError
 from tutelage.core.progress import Reporter
 from tutelage.estimate import estimate
@@ -32,6 +32,7 @@ app.add_typer(models_app, name="models")
 targets_app = typer.Typer(no_args_is_help=True, help="Stores of teacher targets: look, convert.")
 app.add_typer(targets_app, name="targets")
 app.add_typer(benches.app, name="bench")
+app.add_typer(look.app, name="data")
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe (TOML).", show_default=False)]
 Overrides = Annotated[
@@ -40,16 +41,8 @@ Overrides = Annotated[
         "--set", metavar="KEY=VALUE", help="Override one value of the recipe; repeatable."
     ),
 ]
-StorePath = Annotated[
-    Path, typer.Option("--store", envvar="TUTELAGE_STORE", help="Where artifacts and runs live.")
-]
 Until = Annotated[str, typer.Option(metavar="STEP", help="Only this step and what it needs.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-RunName = Annotated[
-    str, typer.Option("--run", metavar="NAME", help="Which run; the latest when left out.")
-]
 OptionalStep = Annotated[str, typer.Argument(help="One step of the run.", show_default=False)]
-STORE = Path("work")
 
 
 @app.command(epilog="Example: tutelage run recipes/quickstart.toml --set steps.distill.lr=2e-5")
@@ -77,7 +70,7 @@ def plan(
     planned = pipeline.plan(load(recipe, overrides), Store(store), until=until)
     estimates = estimate(planned, Store(store))
     if as_json:
-        _print_json(display.plan_rows(planned, estimates))
+        print_json(display.plan_rows(planned, estimates))
     else:
         display.plan_table(Console(), planned, estimates)
 
@@ -91,11 +84,11 @@ def show(
     if step:
         artifact = runs.pick(artifacts, step, name)
         if as_json:
-            _print_json(dict(artifact.manifest))
+            print_json(dict(artifact.manifest))
         else:
             display.step_details(Console(), step, artifact)
     elif as_json:
-        _print_json({key: runs.brief(artifact) for key, artifact in artifacts.items()})
+        print_json({key: runs.brief(artifact) for key, artifact in artifacts.items()})
     else:
         display.run_table(Console(), name, artifacts)
 
@@ -113,7 +106,7 @@ def verify(
     """Check every file of a run against the sha256 in its manifest; exit 2 when one is damaged."""
     problems = runs.verify(Store(store), run, step, repair=repair)
     if as_json:
-        _print_json(problems)
+        print_json(problems)
     else:
         display.problems(Console(), problems, repaired=repair)
     if any(problems.values()):
@@ -210,7 +203,7 @@ def targets_show(
     reader = stores.open_reader(runs.pick(found, step, name), skip_damaged=skip_damaged)
     if row < 0:
         shown = stores.summary(reader)
-        _print_json(shown) if as_json else stores.print_summary(Console(), shown)
+        print_json(shown) if as_json else stores.print_summary(Console(), shown)
         return
     if row >= len(reader):
         raise ArtifactError(f"the store has {len(reader)} rows, 0 to {len(reader) - 1}")
@@ -218,7 +211,7 @@ def targets_show(
     decode = stores.decoder(found, reader.meta)
     tokens = stores.tokens(answer, decode)
     if as_json:
-        _print_json({"id": answer.id, "tokens": tokens})
+        print_json({"id": answer.id, "tokens": tokens})
     else:
         prompt = "".join(map(decode, answer.prompt_ids.tolist()))
         stores.print_row(Console(), answer, tokens, prompt)
@@ -252,10 +245,6 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
     ] = False,
 ) -> None: ...
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def main() -> NoReturn:

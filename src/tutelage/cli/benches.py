@@ -3,8 +3,6 @@
 Parses, calls `tutelage.bench`, prints a table or JSON; torch is imported when a bench runs.
 """
 
-import json
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tutelage.cli.options import AsJson, print_json
 from tutelage.core.progress import Reporter
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Measure on this machine, on the bundled teacher's real logits over its T = 1 answers.",
 )
-AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Rounds after the warm-up; medians are shown.")]
 BUDGETS = (8, 12, 16, 24, 32, 37, 48, 64, 96, 128)
 CHECKPOINTS = (2_048, 4_096, 16_384, 131_072)
@@ -37,12 +35,15 @@ def store(
     peaked: Annotated[
         bool, typer.Option(help="Also the teacher at temperature 0.5, a confident one.")
     ] = True,
+    directions: Annotated[
+        int, typer.Option(min=0, help="Estimate errors along so many random directions; 0: exact.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Gradient error against bytes a token: threshold sampling beside top-k, draws, DistillKit.
 
-    At 131072 tokens bias, which does not average away, stands clear of noise; that takes about half
-    an hour on two cores and samples the answers once.
+    At 131072 tokens bias, which does not average away, stands clear of noise; with 144 directions
+    that takes about half an hour on two cores, and half an hour more to sample the answers once.
     """
     from tutelage.bench import fidelity, material
 
@@ -56,10 +57,15 @@ def store(
     with reporter.bar(tokens * len(temperatures), "gradients", unit="tokens") as bar:
         for temperature in temperatures:
             found += fidelity.measure(
-                hidden, answers, temperature=temperature, counts=counts, bar=bar
+                hidden,
+                answers,
+                temperature=temperature,
+                counts=counts,
+                bar=bar,
+                directions=directions,
             )
     if as_json:
-        _json([asdict(point) for point in found])
+        print_json([asdict(point) for point in found])
         return
     for temperature in temperatures:
         points = [point for point in found if point.temperature == temperature]
@@ -80,7 +86,7 @@ def loss(
 
     rows = bench.run(repeats=repeats, tokens=tokens)
     if as_json:
-        _json(rows)
+        print_json(rows)
     else:
         _table(Console(), rows, "head-and-loss step (medians of ratios within a round)")
 
@@ -105,7 +111,7 @@ def score(
         found["peak_mib"] = {count: peak / 2**20 for count, peak in peaks.items()}
         found["peak_ratio"] = max(peaks.values()) / peaks[MEMORY_TOKENS[0]]
     if as_json:
-        _json(found)
+        print_json(found)
         return
     console = Console()
     console.print(
@@ -129,7 +135,7 @@ def data(
     with tempfile.TemporaryDirectory() as folder:
         found = curation.run(rows=rows, workers=workers, folder=Path(folder))
     if as_json:
-        _json(found)
+        print_json(found)
         return
     for name, value in found.items():
         shown = f"{value:,.4g}" if isinstance(value, float) else value
@@ -181,7 +187,3 @@ def _table(console: Console, rows: Sequence[Mapping[str, Any]], title: str) -> N
     for row in rows:
         table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
     console.print(table)
-
-
-def _json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")

@@ -1,6 +1,8 @@
 """How answers look on a terminal: tables of plans, runs, steps, models and damage."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,9 @@ def plan_table(
         status = f"[{STATUS_STYLE.get(item.status, 'dim')}]{item.status}"
         table.add_row(item.node.name, item.node.stage, status, *figures)
     console.print(table)
+    for item in planned:
+        for line in _mix(estimates[item.node.name]):
+            console.print(f"  {item.node.name}: {line}", highlight=False, soft_wrap=True)
     # Below the table, not in it: a changed setting is too long for a column.
     for item in planned:
         for reason in item.reasons:
@@ -67,7 +72,7 @@ def plan_rows(
             "status": item.status,
             "reasons": list(item.reasons),
             "fingerprint": item.fingerprint,
-            "estimate": vars(estimates[item.node.name]),
+            "estimate": asdict(estimates[item.node.name]),
         }
         for item in planned
     ]
@@ -171,6 +176,29 @@ def _bytes(artifact: Artifact) -> int:
 def _tokens(cost: Estimate) -> str:
     count = cost.decoded + cost.read + cost.trained
     return f"{count:,}" if count else ""
+
+
+def _mix(cost: Estimate) -> list[str]:
+    """A line for each stage of a curriculum: its modes, in shares and in tokens."""
+    lines = []
+    for _, group in groupby(cost.mix, key=lambda part: part.stage):
+        parts = list(group)
+        first = parts[0]
+        modes = ", ".join(
+            f"{part.mode} {100 * part.share:.3g} % "
+            + ("(no such row)" if part.tokens is None else f"(~{_rounded(part.tokens)} tokens)")
+            for part in sorted(parts, key=lambda part: -part.share)
+        )
+        share = f"{100 * first.stage_share:.3g} %"
+        lines.append(f"stage {first.stage} of {first.stages}, {share} of examples: {modes}")
+    return lines
+
+
+def _rounded(count: int) -> str:
+    """`640`, `12k`, `3.4M`."""
+    if count < 1000:
+        return str(count)
+    return f"{count / 1e3:.0f}k" if count < 1e6 else f"{count / 1e6:.1f}M"
 
 
 def _minutes(cost: Estimate) -> str:

@@ -36,13 +36,15 @@ from tutelage.data.prepare import (
 )
 from tutelage.data.zipselect import zip_select
 from tutelage.recipe.tables import Funnel, Select
-from tutelage.records import CONVERSATIONS, ROW_GROUP_ROWS
+from tutelage.records import CONVERSATIONS, ROW_GROUP_ROWS, prompt_messages
 
 DUPLICATES, MIX, HOLDOUT, SELECT, LIMIT = "duplicates", "mix", "holdout", "select", "limit"
 CONVERSATIONS_FILE, FUNNEL_FILE, QUARANTINE = "conversations.parquet", "funnel.json", "quarantine"
 BUCKET_ROWS = 1 << 16
 """Rows of the result that are in memory while they are put in order."""
 DIFFICULTY_BANDS = 5
+SHOWN_CHARACTERS = 500
+"""Of the row that stays, beside the duplicate that goes."""
 
 
 @dataclass
@@ -219,11 +221,13 @@ def _without_duplicates(
     of_N = found.of_N if rule.near else np.where(found.similarity_N == 1, found.of_N, -1)
     places = [place for part in waiting.places for place in part]
     wanted = np.unique(of_N[of_N >= 0])
-    survivors: dict[int, str] = {}
+    survivors: dict[int, tuple[str, str]] = {}
     for rows, table in waiting.tables():
         inside = wanted[(wanted >= rows.start) & (wanted < rows.stop)]
-        names = table["id"].take(pa.array(inside - rows.start)).to_pylist()
-        survivors.update(zip(inside.tolist(), names, strict=True))
+        records = table.select(["id", "messages"]).take(pa.array(inside - rows.start)).to_pylist()
+        for row, record in zip(inside.tolist(), records, strict=True):
+            said = "\n".join(m["content"] for m in prompt_messages(record))
+            survivors[row] = (record["id"], said[:SHOWN_CHARACTERS])
     counts.add(DUPLICATES, 0)
     for rows, table in waiting.tables():
         inside = np.flatnonzero(of_N[rows] >= 0)
@@ -231,10 +235,11 @@ def _without_duplicates(
             inside.tolist(), table.take(pa.array(inside)).to_pylist(), strict=True
         ):
             row = rows.start + offset
-            similarity, of = float(found.similarity_N[row]), survivors[int(of_N[row])]
+            similarity = float(found.similarity_N[row])
+            of, of_text = survivors[int(of_N[row])]
             dropped = Dropped(
                 DUPLICATES, places[row], record["id"], f"{similarity:.2f} the same as {of}", record,
-                {"of": of, "similarity": round(similarity, 4)},
+                {"of": of, "of_text": of_text, "similarity": round(similarity, 4)},
             )  # fmt: skip
             counts.add(DUPLICATES, 1, f"{dropped.place}: {dropped.reason}")
             quarantine.add(dropped)

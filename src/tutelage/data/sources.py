@@ -19,7 +19,7 @@ from tutelage.data.identity import source_files
 from tutelage.recipe.tables import DataSource
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-REFUSED_TASKS = {"codeio": "its answers are judged by running generated programs unguarded"}
+REFUSED_TASKS = {"codeio": "it runs programs inside this process to make and judge its rows"}
 csv.field_size_limit(1 << 28)  # the default of 128 KiB cuts long answers
 
 

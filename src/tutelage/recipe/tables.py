@@ -240,6 +240,7 @@ class Synthesize(Sampling):
     """The teacher answers prompts, in reasoning or in fast mode (stages 1 and 2 of the paper)."""
 
     produces: ClassVar[str] = "conversations"
+    version: ClassVar[int] = 2
     stage: Literal["synthesize"]
     teacher: ModelRef
     max_think_tokens: PositiveInt = 512
@@ -425,6 +426,7 @@ class Sft(Training):
 class Distill(Training):
     """Training on stored teacher targets: `(1 - lam) * CE + lam * KD` (arXiv 2509.26497)."""
 
+    version: ClassVar[int] = 2
     stage: Literal["distill"]
     targets: TargetsRef
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew", "policy_gradient"] = "forward_kl"
@@ -494,6 +496,7 @@ class Report(Step):
     """One self-contained HTML page over the steps it names and all they came from."""
 
     produces: ClassVar[str] = "report"
+    version: ClassVar[int] = 2
     stage: Literal["report"]
     steps: Annotated[tuple[AnyRef, ...], Field(min_length=1)]
     title: str = "report"

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -85,6 +86,58 @@ def curves(key: str, caption: str, series: Mapping[str, Sequence[tuple[float, fl
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.grid(axis="y")
         axes.legend(frameon=False, fontsize=8, loc="upper right", handlelength=1.2)
+        return svg(figure, key, caption)
+
+
+def bars(key: str, caption: str, title: str, rows: Sequence[tuple[str, int]]) -> str:
+    """A bar with its label and its count for each (label, count), the first on top."""
+    height = 0.4 + 0.17 * len(rows)
+    longest = max((count for _, count in rows), default=0) or 1
+    with drawing(WIDTH, height) as figure:
+        figure.text(0.03, 1 - 0.16 / height, title, fontsize=8, weight="bold", va="center")
+        axes = figure.add_axes((0.36, 0.04 / height, 0.44, (height - 0.36) / height))
+        axes.barh(range(len(rows)), [count for _, count in rows], height=0.72, color=ACCENT)
+        for index, (label, count) in enumerate(rows):
+            axes.text(-0.03 * longest, index, shorten(label, 20), ha="right", va="center",
+                      fontsize=7.5)  # fmt: skip
+            axes.text(count + 0.03 * longest, index, f"{count:,}", va="center", fontsize=7.5,
+                      color=DIM)  # fmt: skip
+        axes.set_xlim(0, longest)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_axis_off()
+        return svg(figure, key, caption)
+
+
+def course(
+    key: str, caption: str, ends: Sequence[int], shares: Mapping[str, Sequence[float]],
+    difficulty: Sequence[float | None], unit: str,
+) -> str:  # fmt: skip
+    """Stacked shares of windows, and their mean difficulty as a line over them.
+
+    `ends` are where windows end, in `unit`; shares and difficulty lie in [0, 1]. Where no
+    difficulty is known the line has a gap.
+    """
+    edges = [0, *ends]
+    with drawing(WIDTH, 2.5) as figure:
+        axes = figure.add_axes((0.12, 0.18, 0.84, 0.64))
+        below = [0.0] * len(ends)
+        for colour, (name, values) in zip((ACCENT, SECOND, DIM), shares.items(), strict=False):
+            above = [low + value for low, value in zip(below, values, strict=True)]
+            axes.stairs(above, edges, baseline=below, fill=True, color=colour, alpha=0.3, lw=0,
+                        label=name)  # fmt: skip
+            below = above
+        if any(value is not None for value in difficulty):
+            middles = [(a + b) / 2 for a, b in pairwise(edges)]
+            known = [float("nan") if value is None else value for value in difficulty]
+            axes.plot(middles, known, color=THIRD, lw=1.4, label="difficulty",
+                      marker="o" if len(known) < 4 else None, ms=3)  # fmt: skip
+        axes.set_xlim(0, edges[-1])
+        axes.set_ylim(0, 1)
+        axes.set_xlabel(unit)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.grid(axis="y")
+        axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(-0.03, 0.99),
+                    ncols=4, handlelength=1.2, columnspacing=1.2)  # fmt: skip
         return svg(figure, key, caption)
 
 

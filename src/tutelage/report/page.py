@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from tutelage.core.artifact import TOKEN_KINDS, Artifact
 from tutelage.core.files import write_text
-from tutelage.report import charts, figures, graph
+from tutelage.report import charts, figures, funnel, graph
 from tutelage.report.run import SHORT, Run, Step, read_json, read_metrics, read_run
 from tutelage.report.scores import Evaluation, read_evaluation
 
@@ -50,6 +50,7 @@ def write_page(path: Path, name: str, artifacts: Mapping[str, Artifact]) -> None
     page = environment.from_string(template).render(
         run=run, headline=_headline(run, evaluations), totals=run.totals(), kinds=TOKEN_TITLES,
         graph=graph.draw(run), steps=[_step_row(run, step) for step in run.steps],
+        data=funnel.sections(run), curricula=funnel.curricula(run),
         curves=_curves(run), evaluations=evaluations, exports=_exports(run),
         provenance=_provenance(run), seeds=_seeds(run), settings=_settings(run),
     )  # fmt: skip
