@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tutelage.cli import runs
-from tutelage.cli.options import STORE, AsJson, RunName, StorePath
+from tutelage.cli.options import STORE, AsJson, RunName, StorePath, print_json
 from tutelage.report.histograms import Histogram
 from tutelage.report.look import Dropped, Look, Sample
 from tutelage.report.look import dropped as dropped_rows
