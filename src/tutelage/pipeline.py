@@ -333,5 +333,5 @@ def _attributed(error: Exception, name: str) -> Exception:
 def _shown(summary: Mapping[str, Any]) -> str:
     return "  ".join(
         f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in list(summary.items())[:6]
+        for key, value in [kv for kv in summary.items() if not isinstance(kv[1], Mapping)][:6]
     )

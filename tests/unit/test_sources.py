@@ -1,8 +1,10 @@
 """Rows from files: each with its place, and what cannot be read told by it."""
 
 import errno
+import gzip
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import pytest
 
 from tutelage.core.errors import DataError
 from tutelage.data.identity import data_identity, source_files
+from tutelage.data.rows import conversation
 from tutelage.data.sources import UnreadableRow, read_source
+from tutelage.evals.graders import grade
 from tutelage.recipe.tables import Data, DataSource
 
 
@@ -128,9 +132,90 @@ def test_a_damaged_parquet_file_is_refused_by_name(tmp_path: Path) -> None:
         read(written(tmp_path / "a.parquet", b"PAR1 not really"))
 
 
-def test_an_unknown_kind_of_file_tells_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"unknown kind of file; known: \.jsonl"):
-        read(written(tmp_path / "a.xlsx", b"x"))
+@pytest.mark.parametrize("name", ["a.xlsx", "a.xlsx.gz", "a.gz", "a.parquet.zst"])
+def test_an_unknown_kind_of_file_tells_the_known_ones(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=r"unknown kind of file; known: \.jsonl.* \.gz or \.zst"):
+        read(written(tmp_path / name, b"x"))
+
+
+def packed(suffix: str, contents: bytes) -> bytes:
+    """As the usual tools write it: both with a checksum of the contents."""
+    if suffix == ".gz":
+        return gzip.compress(contents)
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(contents)
+    return sink.getvalue().to_pybytes()
+
+
+KINDS = {
+    "a.jsonl": b'\xef\xbb\xbf{"prompt": "x"}\n\nnot JSON\n{"prompt": "caf\xc3\xa9"}',
+    "a.ndjson": b'{"prompt": "x"}\n{"prompt": "caf\xe9"}\n',
+    "a.json": b'\xef\xbb\xbf[{"prompt": "x"}, 3]',
+    "a.csv": b'\xef\xbb\xbfprompt,answer\n"a\nb",1\nshort\n"q, r",2\n',
+    "a.tsv": b"prompt\tanswer\r\na, b\t1\r\n",
+}
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".GZ"])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_compressed_file_holds_the_same_rows(tmp_path: Path, name: str, suffix: str) -> None:
+    plain = read(written(tmp_path / name, KINDS[name]))
+    path = written(tmp_path / f"{name}{suffix}", packed(suffix.lower(), KINDS[name]))
+    assert plain
+    assert read(path) == [(place.replace(name, path.name), row) for place, row in plain]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_archives_one_behind_the_other_are_one(tmp_path: Path, suffix: str) -> None:
+    two = packed(suffix, b'{"n": 1}\n') + packed(suffix, b'{"n": 2}\n')
+    path = written(tmp_path / f"a.jsonl{suffix}", two)
+    assert [row["n"] for _, row in read(path)] == [1, 2]
+    assert read(written(path, packed(suffix, b""))) == []
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+@pytest.mark.parametrize("kept", [0, 3, 20, -9, -4, -1])
+def test_an_archive_that_was_cut_off_is_refused_by_name(
+    tmp_path: Path, suffix: str, name: str, kept: int
+) -> None:
+    path = written(tmp_path / f"{name}{suffix}", packed(suffix, KINDS[name])[:kept])
+    kind = rf"{name}{suffix}: cannot be read as {name[2:]}{suffix}: Truncated compressed stream"
+    with pytest.raises(DataError, match=kind):
+        read(path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_an_archive_that_is_none_or_not_only_one_is_refused_by_name(
+    tmp_path: Path, suffix: str
+) -> None:
+    whole = packed(suffix, b'{"n": 1}\n')
+    for contents in (b'{"n": 1}\n{"n": 1}\n', whole + b"and more that is no archive"):
+        path = written(tmp_path / f"a.jsonl{suffix}", contents)
+        with pytest.raises(DataError, match=rf"a\.jsonl{suffix}: cannot be read as jsonl{suffix}"):
+            read(path)
+
+
+def test_a_gzip_whose_contents_changed_is_refused_by_its_checksum(tmp_path: Path) -> None:
+    whole = bytearray(packed(".gz", b'{"n": 1}\n'))
+    whole[-6] ^= 0xFF  # of the CRC: whatever was damaged, the two do not fit
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz: cannot be read as jsonl\.gz"):
+        read(written(tmp_path / "a.jsonl.gz", bytes(whole)))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_large_archive_is_read_in_constant_memory(tmp_path: Path, suffix: str) -> None:
+    line = json.dumps({"prompt": "x" * 100_000}).encode() + b"\n"
+    path = written(tmp_path / f"a.jsonl{suffix}", packed(suffix, line * 200))  # 20 MB
+    before, native, count = pa.total_allocated_bytes(), 0, 0
+    tracemalloc.start()
+    for _ in read_source(DataSource(source=str(path)), seed=0):
+        native, count = max(native, pa.total_allocated_bytes() - before), count + 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 200
+    assert peak + native < 4_000_000
 
 
 def test_a_missing_file_and_an_empty_glob_are_told(tmp_path: Path) -> None:
@@ -176,6 +261,30 @@ def test_a_task_repeats_by_seed_and_needs_a_limit() -> None:
         read("task:chain_sum")
     with pytest.raises(DataError, match="task:no_such_task cannot be made"):
         read("task:no_such_task", limit=1)
+
+
+@pytest.mark.parametrize("task", ["chain_sum", "puzzle24", "graph_color"])
+def test_a_task_s_row_can_be_graded_by_its_own_scorer_later(task: str) -> None:
+    pytest.importorskip("reasoning_gym")
+    settings = {"puzzle24": {"max_value": 6}}.get(task, {})
+    source = DataSource(source=f"task:{task}", limit=2, task_config=settings)
+    for place, row in read_source(source, seed=1):
+        if isinstance(row, UnreadableRow):
+            assert (task, str(row)[:18]) == ("graph_color", "has no gold answer")
+            continue
+        made = conversation(row, source, place=place, name=source.source)
+        kept = json.loads(made["meta"])["reasoning_gym"]
+        assert (made["task"], kept["config"]) == (task, settings)
+        assert kept["entry"]["question"] == made["messages"][0]["content"]
+        assert set(kept["entry"]) == {"question", "answer", "metadata"}
+        verdict = grade("auto", made["answer"], made["answer"], row=made)
+        assert verdict.correct
+        assert verdict.reason == f"{task} scores 1"
+
+
+def test_a_task_that_runs_programs_in_this_process_is_refused() -> None:
+    with pytest.raises(DataError, match="task:codeio is refused: .*; take another task"):
+        read("task:codeio", limit=1)
 
 
 def identity(path: Path, memo: Path) -> dict[str, Any]:

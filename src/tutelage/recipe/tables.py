@@ -96,7 +96,8 @@ class DataSource(Table):
     """Rows from one place."""
 
     source: str
-    """`bundled:prompts`, `hub:owner/name`, `task:NAME` (reasoning-gym), or a file path or glob."""
+    """`bundled:prompts`, `hub:owner/name`, `task:NAME` (reasoning-gym), or a file path or glob
+    (.jsonl, .json, .csv, .tsv, .parquet; all but the last also as .gz and .zst)."""
     columns: Columns = Columns()
     """Left out, the usual names are recognised (messages, conversations, prompt, question, ...)."""
     limit: Annotated[int, Field(ge=0)] = 0
@@ -215,7 +216,8 @@ class Difficulty(Step):
     mode: Mode = "fast"
     samples: PositiveInt = 4
     max_tokens: PositiveInt = 256
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0)] = 0.6
+    """At 1 a small student solves next to nothing, and all rows look alike."""
     shard_rows: PositiveInt = 64
     batch_rows: PositiveInt = 32
     seed: Seed
