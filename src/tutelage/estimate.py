@@ -2,23 +2,29 @@
 
 Rows and lengths come from finished steps where there are any, else from the recipe's limits, so the
 figures are upper bounds. Minutes are floating-point operations at a rate a CPU core is known to
-reach.
+reach. What an `sft` step learns from is told by mode, from its data's own text where it is there.
 """
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from tutelage.core.artifact import open_artifact
+from tutelage.core.errors import RecipeError
 from tutelage.data.identity import source_files
 from tutelage.models.source import locate
 from tutelage.pipeline import Planned
 from tutelage.recipe.tables import (
+    Curate,
     Data,
+    Difficulty,
     Distill,
     Evaluate,
     Export,
+    Funnel,
+    Magpie,
     ModelSource,
     Prune,
     Rollout,
@@ -28,6 +34,14 @@ from tutelage.recipe.tables import (
     Synthesize,
 )  # fmt: skip
 from tutelage.store import Store
+from tutelage.train.curriculum_forecast import (
+    ANY_MODE,
+    ForecastPart,
+    Text,
+    forecast,
+    sampled_texts,
+    together,
+)  # fmt: skip
 
 CORE_FLOPS = 25e9
 """Per core and second: half of what large matrix products reach, as these are not all large."""
@@ -53,6 +67,8 @@ class Estimate:
     """None while a model is not on this machine, so that its size is not known."""
     disk_bytes: int = 0
     memory_bytes: int = 0
+    mix: tuple[ForecastPart, ...] = ()
+    """What an `sft` step with a curriculum takes of each mode in each stage."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +90,16 @@ def estimate(planned: Sequence[Planned], store: Store) -> dict[str, Estimate]:
         assert node.step is not None
         if node.produces == "model":
             models[node.name] = models[node.inputs["model"]]  # an upper bound for a pruned one
-        known = _finished(item, store)
+        if known := _finished(item, store):
+            found[node.name] = known
+            continue
         inputs = {role: found[name] for role, name in node.inputs.items()}
         used = {role: models[name] for role, name in node.inputs.items() if name in models}
-        found[node.name] = known or _timed(_guess(node.step, inputs, used), node.stage, used)
+        if isinstance(node.step, Sft):
+            guess = _sft(item, planned, found, used["model"], store)
+        else:
+            guess = _guess(node.step, inputs, used)
+        found[node.name] = _timed(guess, node.stage, used)
     return found
 
 
@@ -96,15 +118,13 @@ def _finished(item: Planned, store: Store) -> Estimate | None:
 
 def _guess(step: Step, inputs: Mapping[str, Estimate], models: Mapping[str, _Model]) -> Estimate:
     model = models.get("model", models.get("teacher", _Model(0, 0)))
-    if isinstance(step, Data):
-        rows = _data_rows(step)
+    if isinstance(step, Data | Curate):
+        sources = [e.rows for role, e in inputs.items() if role.startswith("data.")]
+        rows = _narrowed(step, _source_rows(step) if isinstance(step, Data) else sum(sources))
         return Estimate(rows=rows, disk_bytes=rows * 400)
-    if isinstance(step, Synthesize | Rollout):
-        rows = inputs["prompts"].rows * step.samples
-        longest = step.max_tokens
-        if isinstance(step, Synthesize) and step.mode == "reasoning":
-            longest += step.max_think_tokens
-        decoded = int(rows * longest * ANSWER_SHARE)
+    if isinstance(step, Magpie | Difficulty | Synthesize | Rollout):
+        rows, answers = _answers(step, inputs)
+        decoded = int(answers * _answer_tokens(step))
         return Estimate(
             rows, decoded=decoded, disk_bytes=decoded * 12, memory_bytes=int(model.bytes * 1.6)
         )
@@ -115,17 +135,10 @@ def _guess(step: Step, inputs: Mapping[str, Estimate], models: Mapping[str, _Mod
             read=rollouts.decoded + rollouts.rows * PROMPT_TOKENS,
             disk_bytes=rollouts.decoded * TARGET_BYTES, memory_bytes=int(model.bytes * 1.6),
         )  # fmt: skip
-    if isinstance(step, Sft | Distill):
-        sources = [e for role, e in inputs.items() if role.startswith(("data", "targets"))]
-        rows = sum(source.rows for source in sources)
-        each = sum(source.decoded for source in sources) + rows * PROMPT_TOKENS
-        trained = each * step.epochs
-        if step.max_steps:
-            trained = min(trained, step.max_steps * step.batch_tokens)
-        # Weights, gradients, two moments in fp32, and the checkpoint being written beside them.
-        return Estimate(
-            rows, trained=trained, disk_bytes=model.bytes, memory_bytes=int(model.bytes * 5)
-        )
+    if isinstance(step, Distill):
+        targets = inputs["targets"]
+        tokens = targets.decoded + targets.rows * PROMPT_TOKENS
+        return _training(step, targets.rows, tokens * step.epochs, model)
     if isinstance(step, Evaluate):
         rows, count = inputs["prompts"].rows, len(step.models)
         decoded = int(rows * step.max_tokens * ANSWER_SHARE) * (count + 2)
@@ -143,16 +156,94 @@ def _guess(step: Step, inputs: Mapping[str, Estimate], models: Mapping[str, _Mod
     return Estimate()
 
 
+def _sft(
+    item: Planned, planned: Sequence[Planned], found: Mapping[str, Estimate], model: _Model,
+    store: Store,
+) -> Estimate:  # fmt: skip
+    """Raises RecipeError naming the setting of a curriculum that cannot be."""
+    step = item.node.step
+    assert isinstance(step, Sft)
+    by_name = {other.node.name: other for other in planned}
+    texts = _inputs_texts(item, by_name, found, store)
+    rows = round(sum(text.rows for text in texts.values()))
+    if not step.curriculum:
+        tokens = step.epochs * sum(text.tokens for text in texts.values())
+        return _training(step, rows, round(tokens), model)
+    try:
+        mix = forecast(step.curriculum, texts, epochs=step.epochs)
+    except RecipeError as error:
+        raise RecipeError(f"steps.{item.node.name}.{error}") from None
+    trained = sum(part.tokens or 0 for part in mix)
+    return replace(_training(step, rows, trained, model), mix=mix)
+
+
+def _training(step: Sft | Distill, rows: int, tokens: int, model: _Model) -> Estimate:
+    trained = min(tokens, step.max_steps * step.batch_tokens) if step.max_steps else tokens
+    # Weights, gradients, two moments in fp32, and the checkpoint being written beside them.
+    return Estimate(
+        rows, trained=trained, disk_bytes=model.bytes, memory_bytes=int(model.bytes * 5)
+    )
+
+
+def _inputs_texts(
+    item: Planned, by_name: Mapping[str, Planned], found: Mapping[str, Estimate], store: Store
+) -> dict[str, Text]:
+    names = [name for role, name in item.node.inputs.items() if role.partition(".")[0] == "data"]
+    return together([_texts(by_name[name], by_name, found, store) for name in names])
+
+
+def _texts(
+    item: Planned, by_name: Mapping[str, Planned], found: Mapping[str, Estimate], store: Store
+) -> dict[str, Text]:
+    """What a step's conversations hold by mode: of its files, else by what it will be made of."""
+    step, rows = item.node.step, found[item.node.name].rows
+    artifact = store.find(item.node.stage, item.fingerprint)
+    if artifact and (paths := artifact.shards()):
+        texts = _sampled(tuple(paths))
+    elif isinstance(step, Curate | Difficulty):
+        texts = _inputs_texts(item, by_name, found, store)
+    else:
+        answer = _answer_tokens(step) if isinstance(step, Synthesize) else 0
+        mode = step.mode if isinstance(step, Synthesize) else ANY_MODE
+        texts = {mode: Text(1, PROMPT_TOKENS + answer)}
+    seen = sum(text.rows for text in texts.values())
+    return {mode: text.scaled(rows / seen) for mode, text in texts.items() if rows}
+
+
+_sampled = cache(sampled_texts)  # a matrix has many steps over the same data
+
+
+def _answers(
+    step: Magpie | Difficulty | Synthesize | Rollout, inputs: Mapping[str, Estimate]
+) -> tuple[int, int]:
+    """How many rows come out, and how many answers are sampled for them."""
+    if isinstance(step, Magpie):
+        return step.count, step.count
+    if isinstance(step, Difficulty):
+        rows = inputs["data"].rows
+        return rows, rows * step.samples if step.by == "pass-rate" else 0
+    rows = inputs["prompts"].rows
+    shortest = isinstance(step, Synthesize) and step.keep == "shortest"
+    return rows if shortest else rows * step.samples, rows * step.samples
+
+
+def _answer_tokens(step: Magpie | Difficulty | Synthesize | Rollout) -> float:
+    longest = step.max_tokens
+    if isinstance(step, Synthesize) and step.mode == "reasoning":
+        longest += step.max_think_tokens
+    return longest * ANSWER_SHARE
+
+
 def _timed(guess: Estimate, stage: str, models: Mapping[str, _Model]) -> Estimate:
     parameters = max((model.parameters for model in models.values()), default=0)
     if models and not parameters:
-        return Estimate(**{**guess.__dict__, "minutes": None})
+        return replace(guess, minutes=None)
     work = {"decode": guess.decoded, "read": guess.read, "train": guess.trained}
     if stage == "score":
         work["decode"] = 0  # its decoded count only tells how long the answers are
     operations = sum(tokens * OPERATIONS[kind] * parameters for kind, tokens in work.items())
     rate = CORE_FLOPS * (os.cpu_count() or 1)
-    return Estimate(**{**guess.__dict__, "minutes": operations / rate / 60})
+    return replace(guess, minutes=operations / rate / 60)
 
 
 def _outside(source: ModelSource, store: Store) -> _Model:
@@ -160,11 +251,17 @@ def _outside(source: ModelSource, store: Store) -> _Model:
     return _Model(facts.parameters, facts.parameters * 4) if facts else _Model(0, 0)
 
 
-def _data_rows(step: Data) -> int:
-    rows = sum(source.limit or _lines(source_files(source)) for source in step.sources)
+def _source_rows(step: Data) -> int:
+    return sum(source.limit or _lines(source_files(source)) for source in step.sources)
+
+
+def _narrowed(step: Funnel, rows: int) -> int:
+    """Rows that pass where no filter drops one."""
     if step.part != "all":
         share = step.holdout_share if step.part == "holdout" else 1 - step.holdout_share
         rows = round(rows * share)
+    if step.select:
+        rows = min(rows, step.select.count)
     return min(rows, step.limit) if step.limit else rows
 
 

@@ -128,11 +128,36 @@ class RowFiles:
 
     def check_columns(self, columns: Sequence[str]) -> None:
         """Raises ArtifactError naming a file that lacks one."""
+        for path, schema in self._schemas():
+            if missing := [name for name in columns if name not in schema.names]:
+                raise ArtifactError(f"{path} has no column {missing[0]!r}; it has {schema.names}")
+
+    def check_lists(self, depths: Mapping[str, int]) -> None:
+        """Each column is there, so many lists of integers deep, and has a value in every row.
+
+        Raises ArtifactError naming file and column.
+        """
+        self.check_columns(list(depths))
+        for path, schema in self._schemas():
+            for name, depth in depths.items():
+                kind = schema.field(name).type
+                for _ in range(depth):
+                    kind = kind.value_type if pa.types.is_list(kind) else pa.null()
+                if not pa.types.is_integer(kind):
+                    raise ArtifactError(
+                        f"{path}: column {name!r} is {schema.field(name).type}, not integers "
+                        f"{depth} lists deep"
+                    )
+        for path, group in self._groups:
+            with _readable(path), pq.ParquetFile(path) as file:
+                table = file.read_row_group(group, columns=list(depths))
+            if empty := [name for name in depths if table[name].null_count]:
+                raise ArtifactError(f"{path}: column {empty[0]!r} has a row without a value")
+
+    def _schemas(self) -> Iterator[tuple[Path, pa.Schema]]:
         for path in dict.fromkeys(path for path, _ in self._groups):
             with _readable(path):
-                found = pq.read_schema(path).names
-            if missing := [name for name in columns if name not in found]:
-                raise ArtifactError(f"{path} has no column {missing[0]!r}; it has {found}")
+                yield path, pq.read_schema(path)
 
     def tables(self, wanted: range) -> Iterator[pa.Table]:
         """The rows of these numbers, rising by one, in pieces."""

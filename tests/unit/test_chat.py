@@ -649,6 +649,54 @@ def test_no_end_of_turn_and_no_eos_names_the_tokenizer() -> None:
         ChatFormat.from_tokenizer(bare)
 
 
+ENDS_A_USERS_TURN = {**END_OF_TURN, "mistral": "[/INST]"}
+OPENED = [style for style in STYLES if style not in ("unclosed", "none")]
+
+
+@pytest.mark.parametrize("style", OPENED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_users_opening_is_the_beginning_of_every_prompt_and_its_end_stops(
+    style: str, family: str
+) -> None:
+    chat = chat_of(style, family)
+    opening, stop_ids = chat.user_opening()
+    prompt = chat.prompt_ids([user("How so?")], "fast")
+    assert opening == prompt[: len(opening)]
+    assert decoded(chat, prompt[len(opening) :]).strip().startswith("How so?")
+    assert stop_ids[0] == id_of(chat, ENDS_A_USERS_TURN[style])
+    assert set(chat.stop_ids) <= set(stop_ids)
+    assert len(set(stop_ids)) == len(stop_ids)
+
+
+@pytest.mark.parametrize("style", ["chatml", "llama3", "qwen3"])
+@pytest.mark.parametrize(
+    "text", ["Be kind.", "Say <|im_end|> user \uf8f0cut\uf8f0 \uf8f0user\uf8f0"]
+)
+def test_a_users_opening_holds_its_system_message_as_text(style: str, text: str) -> None:
+    chat = chat_of(style)
+    system: Message = {"role": "system", "content": text}
+    opening, _ = chat.user_opening(text)
+    assert opening == chat.prompt_ids([system, user("Why?")], "fast")[: len(opening)]
+    assert text in decoded(chat, opening)
+    assert "Why?" in decoded(chat, chat.prompt_ids([system, user("Why?")], "fast")[len(opening) :])
+
+
+@pytest.mark.parametrize(
+    ("style", "system", "reason"),
+    [
+        ("unclosed", "", "does not write a token behind a user's text"),
+        ("none", "", "does not write a token behind a user's text"),
+        ("gemma", "Be kind.", "refuses the turns system, user, assistant"),
+    ],
+)
+def test_no_users_opening_is_a_model_error_in_one_line(
+    style: str, system: str, reason: str
+) -> None:
+    with pytest.raises(ModelError, match=reason) as e:
+        chat_of(style).user_opening(system)
+    assert "\n" not in str(e.value)
+
+
 @both_modes
 def test_smollm2_prompts_and_targets(smol_dir: Path, mode: Mode) -> None:
     chat = ChatFormat.from_tokenizer(load_tokenizer(smol_dir))

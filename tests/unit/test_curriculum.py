@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -10,35 +12,55 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tutelage.core.errors import RecipeError
+from tutelage.recipe.tables import CurriculumStage, Mode, Sft
+from tutelage.records import CONVERSATIONS, write_rows
 from tutelage.train.curriculum import (
     BANDS,
     DEFAULT,
     PAPER,
-    CurriculumStage,
     Pacing,
-    Part,
     Plan,
     available_share,
     interleave,
+    mode_shares,
     plan_order,
-    series,
-    summary,
 )
+from tutelage.train.curriculum_forecast import ANY_MODE, Text, forecast, sampled_texts
+from tutelage.train.curriculum_summary import Part, example_shares, record, series, summary
 
 NAN = float("nan")
-MODES: tuple[str, ...] = ("fast", "other", "reasoning")
+MODES: tuple[Mode, ...] = get_args(Mode)
+PAPER_TOML = """
+[[curriculum]]
+mix = { reasoning = 1 }
+share = 0.75
+[[curriculum]]
+mix = { fast = 1 }
+share = 0.25
+"""
+DEFAULT_TOML = """
+[[curriculum]]
+mix = { reasoning = 3, fast = 1 }
+share = 0.8
+[[curriculum]]
+mix = { fast = 1 }
+share = 0.2
+lr_scale = 0.5
+replay = 0.2
+ramp = 0.25
+"""
 PACINGS = get_args(Pacing)
 
 
 @st.composite
 def curricula(draw: st.DrawFn) -> tuple[CurriculumStage, ...]:
     parts = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
-    weights = st.dictionaries(st.sampled_from(MODES), st.integers(0, 5), min_size=1)
+    weight = st.integers(0, 5).map(float)
+    weights = st.dictionaries(st.sampled_from(MODES), weight, min_size=1)
     return tuple(
         CurriculumStage(
             mix=draw(weights.filter(_has_weight)),
             share=part / sum(parts),
-            lr_scale=draw(st.sampled_from([0.1, 0.5, 1.0])),
             replay=draw(st.integers(0, 9)) / 10 if number else 0.0,
             ramp=draw(st.integers(0, 10)) / 10 if number else 0.0,
             order=draw(st.sampled_from(["random", "easy-first"])),
@@ -49,7 +71,7 @@ def curricula(draw: st.DrawFn) -> tuple[CurriculumStage, ...]:
     )
 
 
-def _has_weight(mix: dict[str, int]) -> bool:
+def _has_weight(mix: dict[Mode, float]) -> bool:
     return sum(mix.values()) > 0
 
 
@@ -72,30 +94,27 @@ def easy_first(**options) -> tuple[CurriculumStage]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(curricula(), st.integers(0, 400), st.integers(0, 3))
+@given(curricula(), st.integers(20, 400), st.integers(0, 3))
 def test_any_curriculum_plans_every_example_the_same_way_again(
     stages: tuple[CurriculumStage, ...], examples: int, seed: int
 ) -> None:
-    modes, difficulty = rows_of({"fast": 11, "other": 5, "reasoning": 23})
+    modes, difficulty = rows_of({"fast": 11, "reasoning": 23})
     plan = plan_of(stages, modes, difficulty, examples=examples, seed=seed)
     again = plan_of(stages, modes, difficulty, examples=examples, seed=seed)
     for got, same in zip(vars(plan).values(), vars(again).values(), strict=True):
         assert len(got) == examples
         np.testing.assert_array_equal(got, same)
     assert (np.diff(plan.stage_E) >= 0).all()
-    np.testing.assert_array_equal(
-        plan.lr_scale_E, np.array([stage.lr_scale for stage in stages])[plan.stage_E]
-    )
     for number, stage in enumerate(stages):
         assert abs((plan.stage_E == number).sum() - stage.share * examples) <= 1
 
 
 @settings(max_examples=40, deadline=None)
-@given(curricula(), st.integers(1, 400))
+@given(curricula(), st.integers(20, 400))
 def test_in_random_order_no_row_of_a_stage_is_two_turns_ahead_of_another(
     stages: tuple[CurriculumStage, ...], examples: int
 ) -> None:
-    modes, difficulty = rows_of({"fast": 11, "other": 5, "reasoning": 23})
+    modes, difficulty = rows_of({"fast": 11, "reasoning": 23})
     plan = plan_of(stages, modes, difficulty, examples=examples)
     for number, stage in enumerate(stages):
         if stage.order == "easy-first":
@@ -222,34 +241,53 @@ def test_the_papers_order_is_strict_and_the_default_replays_and_ramps() -> None:
     np.testing.assert_allclose(shares["fast"][:16], 0.25, atol=0.021)
     np.testing.assert_allclose(shares["fast"][16], 0.55, atol=0.021)
     np.testing.assert_allclose(shares["fast"][17:], 0.85, atol=0.021)
-    assert set(default.lr_scale_E[:800]) == {1.0}
-    assert set(default.lr_scale_E[800:]) == {DEFAULT[1].lr_scale}
+
+
+@pytest.mark.parametrize(("text", "stages"), [(PAPER_TOML, PAPER), (DEFAULT_TOML, DEFAULT)])
+def test_the_papers_order_and_the_default_can_be_written_in_a_recipe(
+    text: str, stages: tuple[CurriculumStage, ...]
+) -> None:
+    step = {"stage": "sft", "model": "m", "data": "d", "seed": 0}
+    assert Sft.model_validate(step | tomllib.loads(text)).curriculum == stages
 
 
 def test_replay_follows_all_earlier_mixes_by_their_shares() -> None:
     stages = (
         CurriculumStage(mix={"reasoning": 1}, share=0.3),
-        CurriculumStage(mix={"other": 1}, share=0.1),
+        CurriculumStage(mix={"reasoning": 1, "fast": 1}, share=0.1),
         CurriculumStage(mix={"fast": 1}, share=0.6, replay=0.4),
     )
-    modes, difficulty = rows_of({"fast": 30, "other": 30, "reasoning": 30})
+    modes, difficulty = rows_of({"fast": 30, "reasoning": 30})
     plan = plan_of(stages, modes, difficulty, examples=1000)
-    last = [part for part in summary(plan, modes_N=modes, tokens_N=np.ones(90)) if part.stage == 2]
-    assert {part.mode: part.examples for part in last} == {
-        "fast": 360, "other": 60, "reasoning": 180,
-    }  # fmt: skip
+    last = [part for part in summary(plan, modes_N=modes, tokens_N=np.ones(60)) if part.stage == 2]
+    # 0.4 of 600 are replayed: three parts of the first stage, one of the second, half of it fast.
+    assert {part.mode: part.examples for part in last} == {"fast": 390, "reasoning": 210}
+
+
+@settings(max_examples=40, deadline=None)
+@given(curricula())
+def test_shares_told_before_are_those_of_the_plan(stages: tuple[CurriculumStage, ...]) -> None:
+    modes, difficulty = rows_of({"fast": 11, "reasoning": 23})
+    plan = plan_of(stages, modes, difficulty, examples=2000)
+    parts = summary(plan, modes_N=modes, tokens_N=np.ones(34))
+    for number, shares in enumerate(mode_shares(stages)):
+        assert sum(shares.values()) == pytest.approx(1)
+        counts = {part.mode: part.examples for part in parts if part.stage == number}
+        for mode, share in shares.items():
+            assert abs(counts.get(mode, 0) - share * (plan.stage_E == number).sum()) <= 1.5
 
 
 def test_a_summary_counts_repeats_as_examples_and_tokens_but_not_as_rows() -> None:
-    plan = Plan(np.array([0, 0, 1, 2, 2]), np.array([0, 0, 0, 1, 1], np.int8), np.ones(5))
+    plan = Plan(np.array([0, 0, 1, 2, 2]), np.array([0, 0, 0, 1, 1], np.int8))
     parts = summary(plan, modes_N=["fast", "reasoning", "fast"], tokens_N=np.array([5, 7, 11]))
     assert parts == [
         Part(0, "fast", 2, 1, 10), Part(0, "reasoning", 1, 1, 7), Part(1, "fast", 2, 1, 22),
     ]  # fmt: skip
+    assert example_shares(parts) == {"fast": 0.8, "reasoning": 0.2}
 
 
 def test_a_series_averages_known_difficulties_and_leaves_a_gap_where_there_are_none() -> None:
-    plan = Plan(np.array([0, 1, 2, 2, 0]), np.zeros(5, np.int8), np.ones(5))
+    plan = Plan(np.array([0, 1, 2, 2, 0]), np.zeros(5, np.int8))
     course = series(
         plan, modes_N=["fast", "reasoning", "fast"],
         difficulty_N=np.array([0.2, 0.6, NAN]), windows=2,
@@ -265,12 +303,16 @@ def test_a_series_averages_known_difficulties_and_leaves_a_gap_where_there_are_n
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        (DEFAULT, "no row has the mode 'reasoning'; the data has: fast"),
-        ((), "sum to 0"),
-        ((CurriculumStage(mix={"fast": 1}, share=0.5),), r"sum to 0\.5, not to 1"),
-        ((CurriculumStage(mix={"fast": 1}, share=1, replay=0.1),), "no earlier one"),
-        ((CurriculumStage(mix={"fast": 1}, share=1, ramp=0.1),), "no earlier one"),
-        (easy_first(), "no row of mode 'fast' has a difficulty"),
+        (DEFAULT, r"^curriculum\.0\.mix: no row of data has the mode 'reasoning', only fast; "),
+        (PAPER[::-1], r"^curriculum\.1\.mix: no row of data has the mode 'reasoning', only fast; "),
+        (easy_first(), r"^curriculum\.0\.order: easy-first, but no fast row .* a difficulty;"),
+        (
+            (
+                CurriculumStage(mix={"fast": 1}, share=0.99),
+                CurriculumStage(mix={"fast": 1}, share=0.01),
+            ),
+            r"^curriculum\.1\.share: 0\.01 of 10 examples is not one; raise it, or epochs",
+        ),
     ],
 )
 def test_a_curriculum_the_data_cannot_follow_says_why(
@@ -280,19 +322,54 @@ def test_a_curriculum_the_data_cannot_follow_says_why(
         plan_of(stages, ["fast"] * 3, np.full(3, NAN), examples=10)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"mix": {}}, {"mix": {"fast": 0}}, {"mix": {"fast": -1, "reasoning": 3}},
-        {"mix": {"fast": NAN}}, {"share": 0}, {"lr_scale": 0}, {"replay": 1}, {"ramp": 1.1},
-        {"start": 0},
-    ],
-)  # fmt: skip
-def test_a_stage_of_impossible_values_says_what_it_needs(options: dict) -> None:
-    with pytest.raises(RecipeError, match="needs"):
-        CurriculumStage(**{"mix": {"fast": 1}, "share": 1, **options})
+def test_a_record_says_in_which_step_each_window_ends_and_leaves_unknown_difficulty_open() -> None:
+    plan = Plan(np.array([0, 1, 0, 1, 1]), np.array([0, 0, 0, 1, 1], np.int8))
+    modes, difficulty = ["fast", "reasoning"], np.array([NAN, 0.25])
+    parts = summary(plan, modes_N=modes, tokens_N=np.array([3, 4]))
+    course = series(plan, modes_N=modes, difficulty_N=difficulty, windows=5)
+    kept = record(parts, course, examples_S=[2, 1, 2])
+    assert [part["stage"] for part in kept["parts"]] == [1, 1, 2]
+    assert kept["series"] == {
+        "examples": [1, 2, 3, 4, 5],
+        "step": [1, 1, 2, 3, 3],
+        "shares": {"fast": [1, 0, 1, 0, 0], "reasoning": [0, 1, 0, 1, 1]},
+        "difficulty": [None, 0.25, None, 0.25, 0.25],
+    }
+
+
+def test_a_forecast_costs_each_example_its_modes_mean() -> None:
+    texts = {"reasoning": Text(30, 6000), "fast": Text(70, 700)}
+    parts = forecast(DEFAULT, texts, epochs=2)
+    told = [(part.stage, part.mode, part.examples, part.tokens) for part in parts]
+    # 160 examples at 3 : 1, then 40 of which 0.875 * 0.85 + 0.125 * 0.25 are fast.
+    assert told == [
+        (1, "fast", 40, 400), (1, "reasoning", 120, 24000), (2, "fast", 31, 310),
+        (2, "reasoning", 9, 1800),
+    ]  # fmt: skip
+
+
+def test_a_forecast_takes_unknown_modes_for_any_and_says_where_there_is_no_row() -> None:
+    assert [part.tokens for part in forecast(PAPER, {ANY_MODE: Text(4, 40)}, epochs=1)] == [30, 10]
+    assert [part.tokens for part in forecast(PAPER, {"fast": Text(4, 40)}, epochs=1)] == [None, 10]
+
+
+def test_texts_are_counted_by_mode_over_content_and_chain(tmp_path: Path) -> None:
+    def row(number: int, thinking: str | None) -> dict:
+        answer = {"role": "assistant", "content": "b" * 8, "thinking": thinking}
+        return {
+            "id": str(number), "source": "s", "complete": True,
+            "mode": "reasoning" if thinking else "fast",
+            "messages": [{"role": "user", "content": "é" * 4, "thinking": None}, answer],
+        }  # fmt: skip
+
+    rows = [row(0, None), row(1, "c" * 16), row(2, None)]
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    for path in paths:
+        write_rows(path, rows, CONVERSATIONS)
+    assert sampled_texts(paths) == {"fast": Text(4, 16), "reasoning": Text(2, 16)}
+    assert sampled_texts([]) == {}
 
 
 def test_planning_needs_no_torch() -> None:
-    check = "import sys, tutelage.train.curriculum; sys.exit('torch' in sys.modules)"
+    check = "import sys, tutelage.train.curriculum_forecast; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -72,7 +72,7 @@ def test_what_is_written_is_read_within_bfloat16_and_the_best_curve(made: Settin
     np.testing.assert_allclose(again_NK[:, :exact], logp_NK[:, :exact], rtol=2.0**-8)
     # Columns of one size span the same curves, and least squares is then without a cut.
     t_R = np.arange(made.k - exact, dtype=np.float64)
-    powers = [np.sqrt(t_R) if term == "sqrt" else t_R**term for term in made.polynomial_terms]
+    powers = [t_R ** (0.5 if term == "sqrt" else float(term)) for term in made.polynomial_terms]
     columns_RF = np.stack([column / max(1, np.abs(column).max()) for column in powers], 1)
     best_FN, *_ = np.linalg.lstsq(columns_RF, logp_NK[:, exact:].T.astype(np.float64), rcond=None)
     best_NR = (columns_RF @ best_FN).T
@@ -200,7 +200,7 @@ def test_settings_are_read_under_their_own_names() -> None:
     [
         ({"colour": 1}, r"unknown keys \['colour'\]"),
         ({"polynomial_degree": 3, "with_sqrt_term": True}, "legacy format"),
-        ({"k": "four"}, "not those of DistillKit"),
+        ({"k": "four"}, "whole numbers"),
         ({"exact_dtype": "float8"}, "no dtype 'float8'"),
         ({"term_dtype": "int8"}, "no dtype 'int8'"),
         ({"residual_bins": [{"scale_dtype": "float16", "element_bits": 2}]}, "num_elements"),
@@ -210,9 +210,11 @@ def test_settings_are_read_under_their_own_names() -> None:
         ({"k": 301}, "does not hold"),
         ({"exact_k": 5}, "does not hold"),
         ({"exact_k": -1}, "does not hold"),
-        ({"exact_k": 2, "polynomial_terms": [0, "log"]}, "log"),
+        ({"exact_k": 2, "polynomial_terms": [0, "log"]}, "'log'"),
         ({"exact_k": 2, "residual_bins":
-          [{"scale_dtype": "float16", "element_bits": 2, "num_elements": 3}]}, "num_elements|bins"),
+                   [{"scale_dtype": "float16", "element_bits": 2, "num_elements": 3}]},
+                  "residual_bins"),
+        ({"exact_k": 2}, "polynomial_terms or residual_bins"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_one_line(changes: dict[str, Any], said: str) -> None:

@@ -411,3 +411,16 @@ def test_no_answer_task_or_meta_raises_out_of_a_task_s_scorer(
                               "meta": st.none() | st.text(max_size=20)}))  # fmt: skip
 def test_any_row_has_a_grader_that_exists(row: dict[str, Any]) -> None:
     assert grader_for(row) in GRADERS
+
+
+def test_the_result_of_an_equation_is_the_answer() -> None:
+    """Short right answers must not lose to wordy ones: "6 + 2 = 8" has no letter in it."""
+    gym = pytest.importorskip("reasoning_gym")
+    item = gym.create_dataset("chain_sum", seed=0, size=1)[0]
+    row = {
+        "task": "chain_sum",
+        "meta": json.dumps({"reasoning_gym": {"config": {}, "entry": item}}, default=str),
+    }
+    gold = item["answer"]
+    assert grade("reasoning-gym", f"{gold} + 0 = {gold}", gold, row=row).correct
+    assert not grade("reasoning-gym", f"{gold} + 1 = {int(gold) + 1}", gold, row=row).correct

@@ -1,6 +1,8 @@
 """What reaches the loss: through real messages, packing and the real forward of a tiny model."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from tutelage.core.progress import Reporter
 from tutelage.models.load import BackboneAndHead, load_model, load_tokenizer
 from tutelage.recipe.tables import Sft
 from tutelage.text.chat import ChatFormat
+from tutelage.train import checkpoint
 from tutelage.train.batches import Example, PackedRow, pack, plan_steps
-from tutelage.train.loop import Plan, RowLoss, Trainee, train
+from tutelage.train.loop import Plan, RowLoss, StepStage, Trainee, train
 from tutelage.train.objectives import CrossEntropy
 
 CONVERSATIONS = [
@@ -127,6 +130,23 @@ def test_a_step_without_a_finite_loss_names_its_rows(
         )  # fmt: skip
 
 
+def test_a_kill_just_after_a_checkpoint_loses_no_line_of_the_log(
+    folder: Path, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, lines = checkpoint.save, []
+
+    def looked_at(*args: Any) -> None:
+        save(*args)
+        lines.append(len((tmp_path / "metrics.jsonl").read_text().splitlines()))
+
+    monkeypatch.setattr(checkpoint, "save", looked_at)
+    model = load_model(folder, dtype="float32", device=CPU)
+    plan = Plan(lambda i: examples[i], str, [[[1]]] * 3)
+    at_once = config(checkpoint_minutes=0)
+    train(model, plan, CrossEntropy(), at_once, work_in(tmp_path), device=CPU, label="t")
+    assert lines == [1, 2]
+
+
 def test_training_on_one_batch_learns_it(
     folder: Path, examples: list[Example], tmp_path: Path
 ) -> None:
@@ -144,3 +164,26 @@ def test_training_on_one_batch_learns_it(
         model, plan, CrossEntropy(), config(lr=1e-2), work_in(tmp_path), device=CPU, label="t"
     )
     assert last["loss"] < 1.0  # from 5.8, the log of 320 ids
+
+
+def test_a_steps_rate_is_the_schedules_times_its_stages(
+    folder: Path, examples: list[Example], tmp_path: Path
+) -> None:
+    def logged(where: Path, stages: list[StepStage], **settings: object) -> list[dict]:
+        model = load_model(folder, dtype="float32", device=CPU)
+        plan = Plan(lambda i: examples[i], str, [[[1]]] * 4, stages)
+        train(
+            model, plan, CrossEntropy(), config(**settings), work_in(where), device=CPU, label="t"
+        )
+        return [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
+
+    plain = logged(tmp_path / "plain", [])
+    staged = logged(tmp_path / "staged", [StepStage(1, 1.0)] * 2 + [StepStage(2, 0.25)] * 2)
+    assert [line["lr"] for line in staged] == [
+        line["lr"] * scale for line, scale in zip(plain, [1, 1, 0.25, 0.25], strict=True)
+    ]
+    assert [line["stage"] for line in staged] == [1, 1, 2, 2]
+    assert "stage" not in plain[0]
+    cut = logged(tmp_path / "cut", [StepStage(1, 0.5)] * 4, max_steps=3)
+    # The schedule runs over the steps that are left: the last of them has the least rate.
+    assert [line["lr"] for line in cut] == [0.5e-3, 0.5e-3, pytest.approx(0.5e-4)]

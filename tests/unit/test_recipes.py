@@ -15,7 +15,7 @@ RECIPES = sorted(Path(__file__).parents[2].joinpath("recipes").glob("*.toml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_shipped_recipe_has_a_graph(path: Path) -> None:
     names = [node.name for node in build(load(path))]
-    assert {"distilled", "scores", "edge", "page"} <= set(names)
+    assert {"distilled", "scores", "page"} <= set(names)
 
 
 def test_the_starter_recipe_has_the_quickstarts_steps(tmp_path: Path) -> None:

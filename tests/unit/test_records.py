@@ -108,12 +108,12 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path, damage: str) -> N
 def test_a_row_group_that_cannot_be_read_is_named_when_it_is(tmp_path: Path) -> None:
     paths = write(tmp_path, [2], [2, 2])
     data = bytearray(paths[1].read_bytes())
-    group = pq.read_metadata(paths[1]).row_group(1).column(0)
+    group = pq.read_metadata(paths[1]).row_group(1).column(1)
     data[group.data_page_offset : group.data_page_offset + 12] = b"\xff" * 12
     paths[1].write_bytes(data)
     files = RowFiles(paths)
     assert list(files.rows(range(4))) == [row(n) for n in range(4)]
-    for reading in (lambda: list(files.rows(range(3, 6))), lambda: files.lengths("ids", "codes")):
-        if reading() if False else True:
-            with pytest.raises(ArtifactError, match=r"part-1\.parquet cannot be read"):
-                list(files.rows(range(3, 6)))
+    with pytest.raises(ArtifactError, match=r"part-1\.parquet cannot be read"):
+        list(files.rows(range(3, 6)))
+    with pytest.raises(ArtifactError, match=r"part-1\.parquet cannot be read"):
+        files.lengths("ids")

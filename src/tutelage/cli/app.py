@@ -190,7 +190,9 @@ def models_pull(
 @targets_app.command("show", epilog="Example: tutelage targets show targets --row 3")
 def targets_show(
     step: Annotated[str, typer.Argument(help="A score or convert step of the run.")],
-    row: Annotated[int, typer.Option(help="Which answer, from 0; left out: the store.")] = -1,
+    row: Annotated[
+        int, typer.Option(min=-1, help="Which answer, from 0; left out: the store.")
+    ] = -1,
     run: RunName = "",
     store: StorePath = STORE,
     skip_damaged: Annotated[

@@ -39,7 +39,7 @@ def plan_table(
         table.add_row(item.node.name, item.node.stage, status, *figures)
     console.print(table)
     for item in planned:
-        for line in _mix(estimates[item.node.name]):
+        for line in _mix(estimates[item.node.name]) if item.status in ("run", "resume") else ():
             console.print(f"  {item.node.name}: {line}", highlight=False, soft_wrap=True)
     # Below the table, not in it: a changed setting is too long for a column.
     for item in planned:

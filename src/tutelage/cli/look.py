@@ -4,7 +4,7 @@ Prints nothing of a row as markup: all its text goes through `rich.text.Text`.
 """
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.bar import Bar
@@ -14,11 +14,11 @@ from rich.text import Text
 
 from tutelage.cli import runs
 from tutelage.cli.options import STORE, AsJson, RunName, StorePath, print_json
-from tutelage.report.histograms import Histogram
-from tutelage.report.look import Dropped, Look, Sample
-from tutelage.report.look import dropped as dropped_rows
-from tutelage.report.look import look as look_at
 from tutelage.store import Store
+
+if TYPE_CHECKING:
+    from tutelage.report.histograms import Histogram
+    from tutelage.report.look import Dropped, Look, Sample
 
 app = typer.Typer(no_args_is_help=True, help="Rows of a step: counts, figures, samples, drops.")
 LABEL, COUNT = 20, 11  # columns of a terminal; the bars take what is left of its width
@@ -45,6 +45,9 @@ def look(
     as_json: AsJson = False,
 ) -> None:
     """Show a step's rows: the funnel, lengths and the like, rows kept, rows dropped and why."""
+    from tutelage.report.look import dropped as dropped_rows
+    from tutelage.report.look import look as look_at
+
     name, found = runs.artifacts(Store(store), run)
     again = f"tutelage data look {step} --run {name} --store {store}"
     artifact = runs.pick(found, step, name)
@@ -60,7 +63,7 @@ def look(
     )
 
 
-def print_look(console: Console, shown: Look, title: str, *, again: str) -> None:
+def print_look(console: Console, shown: "Look", title: str, *, again: str) -> None:
     """Funnel, histograms, then samples; `again` is the command that asked for them."""
     console.print(Text(f"{title}: {shown.rows:,} rows", style="bold"))
     if shown.read is not None:
@@ -79,7 +82,7 @@ def print_look(console: Console, shown: Look, title: str, *, again: str) -> None
         _print_next(console, f"more: {again} --dropped {shown.dropped[0].name}")
 
 
-def print_page(console: Console, page: Dropped, *, again: str, start: int) -> None:
+def print_page(console: Console, page: "Dropped", *, again: str, start: int) -> None:
     """Some rows of one quarantine file, and how to see those after them."""
     stop = start + len(page.samples)
     which = f"rows {start:,} to {stop - 1:,}" if page.samples else "no row there"
@@ -91,7 +94,7 @@ def print_page(console: Console, page: Dropped, *, again: str, start: int) -> No
         _print_next(console, f"next: {again} {which}")
 
 
-def _funnel(shown: Look, read: int) -> Table:
+def _funnel(shown: "Look", read: int) -> Table:
     table = _bars_table()
     table.add_column(justify="right", no_wrap=True)
     table.add_row("", Text("left", style="dim"), "", Text("dropped", style="dim"))
@@ -110,7 +113,7 @@ def _bars_table() -> Table:
     return table
 
 
-def _print_histogram(console: Console, shown: Histogram) -> None:
+def _print_histogram(console: Console, shown: "Histogram") -> None:
     title = Text(f"\n{shown.name}", style="bold")
     facts = [shown.unit] if shown.unit else []
     if shown.mean is not None:
@@ -136,7 +139,7 @@ def _print_next(console: Console, command: str) -> None:
     console.print(Text(f"\n{command}", style="dim"), soft_wrap=True)
 
 
-def _print_sample(console: Console, sample: Sample) -> None:
+def _print_sample(console: Console, sample: "Sample") -> None:
     head = Text(sample.id or sample.place, style="cyan")
     if sample.id and sample.place != sample.id:  # a row without an id is called by its place
         head.append(f"  {sample.place}", style="dim")

@@ -3,20 +3,23 @@
 `show` reads the shards with no torch; only the text of tokens needs the tokenizer.
 """
 
+import bisect
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tutelage.core.artifact import Artifact
 from tutelage.core.errors import ArtifactError
-from tutelage.targets.reader import TargetReader
-from tutelage.targets.schema import StoreMeta, TargetRow
+
+if TYPE_CHECKING:
+    from tutelage.targets.reader import TargetReader
+    from tutelage.targets.schema import StoreMeta, TargetRow
 
 Decode = Callable[[int], str]
 LISTED_ROWS = 20
@@ -25,15 +28,17 @@ SHADES = ("red", "dark_orange", "yellow", "green")
 EDGES = (0.01, 0.1, 0.5)
 
 
-def open_reader(artifact: Artifact, *, skip_damaged: bool) -> TargetReader:
+def open_reader(artifact: Artifact, *, skip_damaged: bool) -> "TargetReader":
     """The store of a step. Raises ArtifactError when the step made none."""
+    from tutelage.targets.reader import TargetReader
+
     paths = artifact.shards("part-*.parquet")
     if artifact.stage not in ("score", "convert") or not paths:
         raise ArtifactError(f"the step is of stage {artifact.stage}: it stored no targets")
     return TargetReader(paths, skip_damaged=skip_damaged)
 
 
-def decoder(found: Mapping[str, Artifact], meta: StoreMeta) -> Decode:
+def decoder(found: Mapping[str, Artifact], meta: "StoreMeta") -> Decode:
     """Ids to text by the tokenizer of any model of the run that is the store's; else ids."""
     from tutelage.text.tokenizer import load_tokenizer, tokenizer_digest
 
@@ -45,7 +50,7 @@ def decoder(found: Mapping[str, Artifact], meta: StoreMeta) -> Decode:
     return lambda token: f"<{token}>"
 
 
-def summary(reader: TargetReader) -> dict[str, Any]:
+def summary(reader: "TargetReader") -> dict[str, Any]:
     """What the store is, and its first rows."""
     rows = []
     for index in range(min(len(reader), LISTED_ROWS)):
@@ -64,10 +69,10 @@ def summary(reader: TargetReader) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def tokens(row: TargetRow, decode: Decode) -> list[dict[str, Any]]:
+def tokens(row: "TargetRow", decode: Decode) -> list[dict[str, Any]]:
     """Each token of a response: what teacher and student gave it, and what is stored there."""
     targets = row.targets
-    edges = np.concatenate([[0], targets.head_counts_N.cumsum()])
+    edges = [0, *targets.head_counts_N.cumsum().tolist()]
     found = []
     for n, token in enumerate(row.response_ids.tolist()):
         head = slice(edges[n], edges[n + 1])
@@ -79,7 +84,7 @@ def tokens(row: TargetRow, decode: Decode) -> list[dict[str, Any]]:
                 "student": math.exp(row.student_logp_N[n]),
                 "entropy": float(targets.entropy_N[n]),
                 "head_ids": int(targets.head_counts_N[n]),
-                "head_mass": min(1.0, float(np.exp(targets.head_logq_M[head]).sum())),
+                "head_mass": min(1.0, sum(map(math.exp, targets.head_logq_M[head].tolist()))),
                 "tail_ids": int(targets.tail_counts_N[n]),
                 "teacher_best": None if best is None else decode(best),
             }
@@ -106,7 +111,7 @@ def print_summary(console: Console, shown: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def print_row(console: Console, row: TargetRow, shown: list[dict[str, Any]], prompt: str) -> None:
+def print_row(console: Console, row: "TargetRow", shown: list[dict[str, Any]], prompt: str) -> None:
     """The answer in colours, then a line a token."""
     console.print(f"{row.id} ({row.mode}, {row.finish_reason})", style="bold", markup=False)
     console.print(Text(prompt, style="dim"))
@@ -135,12 +140,14 @@ def print_row(console: Console, row: TargetRow, shown: list[dict[str, Any]], pro
 
 def converted_recipe(source: Path, model: str) -> dict[str, Any]:
     """A recipe of the one step that converts: so that a conversion is cached and resumed too."""
+    folder = source.parent if any(sign in source.name for sign in "*?[") else source
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.absolute().stem).strip("-.") or "capture"
     return {
-        "name": f"convert-{source.stem or 'capture'}",
+        "name": f"convert-{stem}",
         "models": {"model": {"source": model}},
         "steps": {"targets": {"stage": "convert", "source": str(source), "model": "model"}},
     }
 
 
 def _shade(probability: float) -> str:
-    return SHADES[int(np.searchsorted(EDGES, probability, side="right"))]
+    return SHADES[bisect.bisect_right(EDGES, probability)]

@@ -10,6 +10,8 @@ from tutelage.core.errors import DataError
 from tutelage.core.hashes import remembered_sha256
 from tutelage.recipe.tables import Convert, Data, DataSource, Funnel, Step
 
+CAPTURE_SETTINGS = "compression_config.yaml"
+"""What DistillKit writes beside a capture."""
 BUNDLED_PROMPTS = Path(__file__).with_name("prompts.jsonl")
 
 
@@ -45,7 +47,11 @@ def data_identity(step: Step, *, memo: Path) -> dict[str, Any]:
     sha256 of files; the version of the package behind a task.
     """
     if isinstance(step, Convert):
-        return {"sha256": _hashes(step.source, local_files(step.source), memo)}
+        files = local_files(step.source)
+        beside = files[0].parent / CAPTURE_SETTINGS
+        if not step.settings and beside.exists():
+            files = [*files, beside]
+        return {"sha256": _hashes(step.source, files, memo)}
     found: dict[str, Any] = {}
     if isinstance(step, Data):
         found = {str(index): _identity(source, memo) for index, source in enumerate(step.sources)}

@@ -67,6 +67,8 @@ class Scorable:
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
+    name: str = ""
+    """How an error calls it; by its place when empty."""
 
 
 class Sampler(Protocol):

@@ -144,7 +144,8 @@ def by_reasoning_gym(answer: str, gold: str, *, row: Mapping[str, Any]) -> Verdi
         ours = final_number(answer, language=None)
         if ours is None or not same(ours, wanted, tolerance=SCORER_TOLERANCE):
             return Verdict(False, f"{short(ours.text) if ours else 'no number'} is not {gold}")
-        if any(char.isalpha() for char in answer):  # "1.5, 2" is two roots, not a 2
+        # "1.5, 2" is two roots, not a 2; "6 + 2 = 8" is an 8
+        if "=" in answer or any(char.isalpha() for char in answer):
             answers.append(ours.text)
     return _WORKERS["reasoning-gym"].ask(
         {

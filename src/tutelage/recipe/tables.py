@@ -388,6 +388,12 @@ class CurriculumStage(Table):
     start: Annotated[float, Field(gt=0, le=1)] = 0.2
     """The easiest share of the rows, open from the beginning."""
 
+    @model_validator(mode="after")
+    def _a_mode_to_learn(self) -> "CurriculumStage":
+        if not sum(self.mix.values()):
+            raise ValueError("mix gives no mode a weight")
+        return self
+
 
 class Sft(Training):
     """Supervised fine-tuning on conversations; several data steps are mixed."""
@@ -414,6 +420,9 @@ class Sft(Training):
             raise ValueError("mixture and curriculum exclude each other: give one")
         if self.curriculum and abs(sum(stage.share for stage in self.curriculum) - 1) > 1e-6:
             raise ValueError("the shares of the curriculum's stages do not sum to 1")
+        for field in ("replay", "ramp") if self.curriculum else ():
+            if getattr(self.curriculum[0], field):
+                raise ValueError(f"the first stage has none before it to {field} from")
         return self
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ import yaml
 from tutelage.core.artifact import Artifact, WorkDir
 from tutelage.core.errors import DataError
 from tutelage.core.shards import Shard, run_shards
-from tutelage.data.identity import local_files
+from tutelage.data.identity import CAPTURE_SETTINGS, local_files
 from tutelage.models.inspect import read_config
 from tutelage.models.load import directory_of, load_tokenizer
 from tutelage.recipe.tables import Convert
@@ -28,8 +28,6 @@ from tutelage.targets.writer import write_shard
 from tutelage.text.chat import ChatFormat
 from tutelage.text.tokenizer import tokenizer_digest
 
-COLUMNS = ("input_ids", "compressed_logprobs", "bytepacked_indices")
-SETTINGS_FILE = "compression_config.yaml"
 LEAST = 1e-30
 
 
@@ -44,7 +42,9 @@ def run(config: Convert, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[
         raise DataError(f"{config.source}: no Parquet file")
     settings = _settings(config, paths[0])
     rows = RowFiles(paths)
-    rows.check_columns(COLUMNS)
+    rows.check_lists({"input_ids": 1, "compressed_logprobs": 2, "bytepacked_indices": 2})
+    if not len(rows):
+        raise DataError(f"{config.source}: no row in any Parquet file")
     meta = _meta(settings, directory_of(inputs["model"]), Path(config.source).name)
 
     def make(shard: Shard, on_tokens: Callable[[int], None]) -> dict[str, int]:
@@ -63,7 +63,7 @@ def run(config: Convert, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[
 def _settings(config: Convert, beside: Path) -> Settings:
     if config.settings:
         return Settings.parse(config.settings)
-    path = beside.parent / SETTINGS_FILE
+    path = beside.parent / CAPTURE_SETTINGS
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -107,7 +107,10 @@ def _rows(
 
 
 def _row(table: pa.Table, name: str, meta: StoreMeta, settings: Settings) -> TargetRow:
-    ids_L = _list(table["input_ids"]).astype(np.int32)
+    long_L = _list(table["input_ids"])
+    if len(long_L) and not 0 <= int(long_L.min()) <= int(long_L.max()) < meta.vocab_size:
+        raise DataError(f"input_ids outside the vocabulary of {meta.vocab_size}")
+    ids_L = long_L.astype(np.int32)
     logp_NB = _rectangle(table["compressed_logprobs"])
     packed_NB = _rectangle(table["bytepacked_indices"])
     count = len(ids_L) - 1
@@ -116,9 +119,11 @@ def _row(table: pa.Table, name: str, meta: StoreMeta, settings: Settings) -> Tar
         raise DataError(
             f"{len(ids_L)} tokens, but {len(logp_NB)} log-probabilities and {len(packed_NB)} ids"
         )
-    head_ids_NK = decode_ids(packed_NB[:count], settings)
-    logp_NK = decode_logp(logp_NB[:count], settings)
-    targets = targets_of_top_k(head_ids_NK, logp_NK, ids_L[1:])
+    targets = TokenTargets.blank(0, None)
+    if count:
+        head_ids_NK = decode_ids(packed_NB[:count], settings)
+        logp_NK = decode_logp(logp_NB[:count], settings)
+        targets = targets_of_top_k(head_ids_NK, logp_NK, ids_L[1:])
     return TargetRow(
         id=name, prompt_id=name, source=meta.teacher, mode="fast", finish_reason="length",
         verdict=None, prompt_ids=ids_L[:1], response_ids=ids_L[1:],

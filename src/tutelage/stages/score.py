@@ -83,10 +83,11 @@ def _estimator(
 
 def _calibrated(config: Score, scorer: TransformersScorer, rollouts: RowFiles) -> float:
     """tau for the budget, on tokens spread evenly over the rollouts."""
-    step = max(1, len(rollouts) // CALIBRATION_ROWS)
-    chosen = range(0, len(rollouts), step)[:CALIBRATION_ROWS]
+    answered = np.flatnonzero(rollouts.lengths("response_ids"))
+    spread = np.linspace(0, len(answered) - 1, min(CALIBRATION_ROWS, len(answered)))
+    chosen = answered[spread.round().astype(int)].tolist()
     rows = [row for index in chosen for row in rollouts.rows(range(index, index + 1))]
-    sequences = [_scorable(row) for row in rows if row["response_ids"]]
+    sequences = [_scorable(row) for row in rows]
     hidden_ND = scorer.hidden_states(sequences, on_tokens=lambda count: None)
     picked = torch.linspace(0, len(hidden_ND) - 1, min(CALIBRATION_TOKENS, len(hidden_ND))).long()
     with torch.inference_mode():
@@ -97,7 +98,9 @@ def _calibrated(config: Score, scorer: TransformersScorer, rollouts: RowFiles) -
 
 
 def _scorable(rollout: Mapping[str, Any]) -> Scorable:
-    return Scorable(tuple(rollout["prompt_ids"]), tuple(rollout["response_ids"]))
+    return Scorable(
+        tuple(rollout["prompt_ids"]), tuple(rollout["response_ids"]), name=rollout["id"]
+    )
 
 
 def _length(rollout: Mapping[str, Any]) -> int:

@@ -1,62 +1,116 @@
-"""Stage `sft`: supervised fine-tuning on conversations, one or several data steps mixed."""
+"""Stage `sft`: supervised fine-tuning on conversations, mixed by data step or by a curriculum."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+
+import numpy as np
 
 from tutelage.core.artifact import Artifact, WorkDir, several
 from tutelage.core.errors import DataError
+from tutelage.core.files import write_json
 from tutelage.models.load import load_for_training, save_student
 from tutelage.recipe.tables import Sft
-from tutelage.records import count_rows
 from tutelage.text.chat import ChatFormat
+from tutelage.train import curriculum, curriculum_summary
 from tutelage.train.batches import epoch_order, mixed_order, plan_steps
-from tutelage.train.conversations import Rendered, rendered_rows
-from tutelage.train.loop import Plan, train
+from tutelage.train.conversations import Conversations, load_conversations
+from tutelage.train.loop import Plan, StepStage, train
 from tutelage.train.objectives import CrossEntropy
+
+CURRICULUM = "curriculum.json"
+
+Steps = list[list[list[int]]]
+"""Optimizer steps -> packed rows -> rows of the data."""
 
 
 def run(config: Sft, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[str, float]:
-    """Train the model on the assistants' tokens; returns the last loss and token counts."""
+    """Train the model on the assistants' tokens; returns the last loss and counts.
+
+    With a curriculum, what was met in its stages is kept in `curriculum.json`.
+    """
     loaded = load_for_training(inputs["model"], device=work.device)
     chat = ChatFormat.from_tokenizer(loaded.tokenizer)
-    sources = [
-        list(rendered_rows(chat, artifact.shards(), config.pack_tokens))
-        for artifact in several(inputs, "data")
-    ]
-    rows = [row for source in sources for row in source]
-    if not rows or not all(sources):
+    sources = [artifact.shards() for artifact in several(inputs, "data")]
+    rows = load_conversations(chat, sources, config.pack_tokens)
+    if not all(rows.counts):
         raise DataError("a data step has no row with a target within pack_tokens; raise it")
-    plan = Plan(
-        load=lambda index: rows[index].example,
-        name=lambda index: rows[index].id,
-        steps=_steps(config, [len(source) for source in sources], rows),
-    )
+    if rows.left_out:
+        work.reporter.say(f"  {rows.left_out} rows had no target within pack_tokens: left out")
+    shares: dict[str, float] = {}
+    if config.curriculum:
+        order = _order(config, rows)
+        plan = _by_stages(config, rows, order)
+        shares = _keep_record(config, rows, order, plan, work)
+    else:
+        plan = _by_epochs(config, rows)
     last = train(
         loaded.model, plan, CrossEntropy(), config, work, device=loaded.device, label="sft"
     )
     save_student(loaded, work.path / "model")
-    read = sum(count_rows(artifact.shards()) for artifact in several(inputs, "data"))
-    if read > len(rows):
-        work.reporter.say(f"  {read - len(rows)} rows had no target within pack_tokens: left out")
-    reasoning = sum(row.mode == "reasoning" for row in rows)
     return {
         "loss": last["loss"],
         "steps": len(plan.steps[: config.max_steps or None]),
-        "rows": len(rows),
-        "left_out": read - len(rows),
-        "reasoning_share": reasoning / len(rows),
+        "rows": len(rows.names),
+        "left_out": rows.left_out,
+        "reasoning_share": rows.modes.count("reasoning") / len(rows.names),
+        **shares,
     }
 
 
-def _steps(config: Sft, counts: Sequence[int], rows: Sequence[Rendered]) -> list[list[list[int]]]:
-    lengths = [len(row.example.ids_L) for row in rows]
-    steps = []
+def _by_epochs(config: Sft, rows: Conversations) -> Plan:
+    steps: Steps = []
     for epoch in range(config.epochs):
         order = (
-            mixed_order(counts, config.mixture, seed=config.seed, epoch=epoch)
+            mixed_order(rows.counts, config.mixture, seed=config.seed, epoch=epoch)
             if config.mixture
-            else epoch_order(len(rows), seed=config.seed, epoch=epoch)
+            else epoch_order(len(rows.names), seed=config.seed, epoch=epoch)
         )
-        steps += plan_steps(
-            lengths, order, pack_tokens=config.pack_tokens, batch_tokens=config.batch_tokens
+        steps += _packed(config, rows, order)
+    return Plan(rows.example, rows.names.__getitem__, steps)
+
+
+def _by_stages(config: Sft, rows: Conversations, order: curriculum.Plan) -> Plan:
+    """Steps in the curriculum's order; a step ends with its stage, since the next has its own rate.
+
+    So a stage's last step may be smaller than the others, as an epoch's is without a curriculum.
+    """
+    steps: Steps = []
+    stages: list[StepStage] = []
+    for number, stage in enumerate(config.curriculum):
+        part = _packed(config, rows, order.order_E[order.stage_E == number])
+        steps += part
+        stages += [StepStage(number + 1, stage.lr_scale)] * len(part)
+    return Plan(rows.example, rows.names.__getitem__, steps, stages)
+
+
+def _packed(config: Sft, rows: Conversations, order: np.ndarray) -> Steps:
+    lengths = rows.lengths_N.tolist()
+    return plan_steps(
+        lengths, order, pack_tokens=config.pack_tokens, batch_tokens=config.batch_tokens
+    )
+
+
+def _order(config: Sft, rows: Conversations) -> curriculum.Plan:
+    return curriculum.plan_order(
+        config.curriculum, modes_N=rows.modes, difficulty_N=rows.difficulty_N,
+        examples=config.epochs * len(rows.names), seed=config.seed,
+    )  # fmt: skip
+
+
+def _keep_record(
+    config: Sft, rows: Conversations, order: curriculum.Plan, plan: Plan, work: WorkDir
+) -> dict[str, float]:
+    """Write `curriculum.json` over the steps that run; returns the modes' shares of examples."""
+    examples_S = [sum(map(len, step)) for step in plan.steps[: config.max_steps or None]]
+    met = order.first(sum(examples_S))
+    if (reached := int(met.stage_E[-1]) + 1) < len(config.curriculum):
+        work.reporter.say(
+            f"  max_steps = {config.max_steps} ends in stage {reached} of {len(config.curriculum)}"
         )
-    return steps
+    parts = curriculum_summary.summary(met, modes_N=rows.modes, tokens_N=rows.lengths_N)
+    course = curriculum_summary.series(
+        met, modes_N=rows.modes, difficulty_N=rows.difficulty_N, windows=curriculum_summary.WINDOWS
+    )
+    record = curriculum_summary.record(parts, course, examples_S=examples_S)
+    write_json(work.path / CURRICULUM, record)
+    shares = curriculum_summary.example_shares(parts)
+    return {f"example_share.{mode}": share for mode, share in shares.items()}

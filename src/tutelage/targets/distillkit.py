@@ -71,12 +71,37 @@ class Settings:
             made = cls(**{**values, "residual_bins": bins, "polynomial_terms": terms})
         except TypeError as error:
             raise DataError(f"compression settings are not those of DistillKit: {error}") from None
-        for dtype in (made.exact_dtype, made.term_dtype, *(b.scale_dtype for b in bins)):
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        whole = (self.d, self.k, self.exact_k)
+        parts = [n for b in self.residual_bins for n in (b.element_bits, b.num_elements)]
+        if not all(type(number) is int for number in (*whole, *parts)):
+            raise DataError("compression settings: d, k, exact_k and bins are whole numbers")
+        for dtype in (
+            self.exact_dtype,
+            self.term_dtype,
+            *(b.scale_dtype for b in self.residual_bins),
+        ):
             if dtype not in WIDTHS:
                 raise DataError(f"compression settings: no dtype {dtype!r}")
-        if not 0 < made.k <= made.d or not 0 <= made.exact_k <= made.k:
+        if not 0 < self.k <= self.d or not 0 <= self.exact_k <= self.k:
             raise DataError("compression settings: 0 <= exact_k <= k <= d does not hold")
-        return made
+        for term in self.polynomial_terms:
+            if type(term) is not int and term not in CURVES:
+                raise DataError(f"compression settings: no polynomial term {term!r}")
+        if not all(0 < bits <= 64 for bits in (b.element_bits for b in self.residual_bins)):
+            raise DataError("compression settings: element_bits of a bin lie between 1 and 64")
+        rest = self.k - self.exact_k
+        if sum(b.num_elements for b in self.residual_bins) > rest:
+            raise DataError(
+                f"compression settings: residual_bins hold more than k - exact_k = {rest}"
+            )
+        if rest and not (self.polynomial_terms or self.residual_bins):
+            raise DataError(
+                "compression settings: exact_k < k needs polynomial_terms or residual_bins"
+            )
 
     @property
     def id_bits(self) -> int:

@@ -217,7 +217,7 @@ def _verify(source: pa.NativeFile, group: _Located, meta: StoreMeta) -> None:
     if checksum(meta, data) != group.info.crc32:
         raise ArtifactError(
             f"{_where(group)} is damaged (its checksum differs); restore the file, score that "
-            "shard again, or read the rest with skip_damaged"
+            "shard again, or read the rest with skip_damaged (`targets show --skip-damaged`)"
         )
 
 

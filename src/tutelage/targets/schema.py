@@ -168,7 +168,7 @@ class StoreMeta:
             version = values.pop("format")
             if version != FORMAT:
                 raise ArtifactError(
-                    f"format {version} of a target store; this version reads {FORMAT}"
+                    f"format {version} of a target store; this version reads {FORMAT}: score again"
                 )
             return cls(**values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -24,6 +24,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, cast
 
 import numpy as np
@@ -41,6 +42,10 @@ PREFIX: Mapping[Mode, str] = {"fast": "<think>\n\n</think>\n\n", "reasoning": "<
 _END_OF_CHAIN = "\n</think>\n\n"
 _ROLES = ("system", "user", "assistant")
 _MARK = "\uf8f0"  # private use: stands in rendered text for what is not the template's
+
+# An opening's last white space may be one token with what follows (" Why"), and two newlines may be
+# one token only at a text's end: what these have in common is what stands before any text.
+_FIRST_TEXTS = ("Why?", "a", "7", "(", "中")
 
 # Llama 3 and others write today's date into the prompt, but a clock may not decide about ids: while
 # rendering here the date is the one Llama 3 falls back to.
@@ -282,6 +287,33 @@ class ChatFormat:
         chain, _, content = text.partition(END_THINK)
         return chain.removesuffix("\n") or None, content.removeprefix("\n\n")
 
+    def user_opening(self, system: str = "") -> tuple[list[int], tuple[int, ...]]:
+        """(Ids with which every first user's turn opens, ids that end that turn).
+
+        A model goes on from there with a question of its own (arXiv 2406.08464). A system message
+        may stand before. What ends the turn is the first added token behind it, or a stop id.
+
+        Raises: ModelError where the template refuses the system message, writes nothing before a
+        user's text, or no token behind it.
+        """
+        text = f"{_mark([system])}user{_mark([system])}"
+        lead = [_turn("system", system)] if system else []
+        try:
+            parts, _ = _lay_out(self._codec, self.template, [*lead, _turn("user", text), _ANSWER])
+            prompts = [self.prompt_ids([*lead, _turn("user", t)], "fast") for t in _FIRST_TEXTS]
+        except DataError as error:
+            raise ModelError(str(error)) from error
+        columns = zip(*prompts, strict=False)
+        ids = [column[0] for column in takewhile(lambda c: len(set(c)) == 1, columns)]
+        end = _first_added_token(self._codec, parts[0].partition(text)[2])
+        if not ids or end is None:
+            wanted = "a token behind" if ids else "anything before"
+            raise ModelError(
+                f"the chat template of {self._codec.name} does not write {wanted} a user's text, "
+                "so its model cannot be asked for one: take a chat model whose template does"
+            )
+        return ids, tuple(dict.fromkeys((self._codec.added_ids[end[0]], *self.stop_ids)))
+
     def _segments(self, messages: Sequence[Message], modes: Sequence[Mode]) -> list[list[int]]:
         """Ids before each answer, its prefix included, and after the last: one list more."""
         parts, cut = _lay_out(self._codec, self.template, messages)
@@ -422,9 +454,7 @@ def _header(text: str) -> str:
 
 def _end_of_turn(codec: TextCodec, after: str) -> tuple[str | None, str]:
     """(Text before the end of turn, or None where the template writes none; the token)."""
-    longest_first = sorted((t for t in codec.added_ids if t.strip()), key=len, reverse=True)
-    found = re.search("|".join(map(re.escape, longest_first)), after) if longest_first else None
-    if found:
+    if found := _first_added_token(codec, after):
         return after[: found.start()], found[0]
     if codec.tokenizer.eos_token is None:
         raise ModelError(
@@ -432,3 +462,8 @@ def _end_of_turn(codec: TextCodec, after: str) -> tuple[str | None, str]:
             "set eos_token in tokenizer_config.json"
         )
     return None, str(codec.tokenizer.eos_token)
+
+
+def _first_added_token(codec: TextCodec, text: str) -> re.Match[str] | None:
+    longest_first = sorted((t for t in codec.added_ids if t.strip()), key=len, reverse=True)
+    return re.search("|".join(map(re.escape, longest_first)), text) if longest_first else None

@@ -1,13 +1,13 @@
 """In which order training meets its examples: stages, their mixtures of modes, easy before hard.
 
 Plans row numbers only; knows no text, no batch and no torch, so `tutelage plan` can use it. All is
-decided by the arguments and the seed, before the first step.
+decided by the arguments and the seed, before the first step. Errors name a stage as the recipe's
+reader does, from 0: `curriculum.0.mix`.
 
-Legend: N rows, E examples in training order (a row can be many examples), M the modes, W windows.
+Legend: N rows, E examples in training order (a row can be many examples), M the modes.
 Sources: arXiv 2509.26497 (the paper's two stages), 1904.03626 (pacing).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 
 from tutelage.core.errors import RecipeError
+from tutelage.recipe.tables import CurriculumStage, Mode
 
-Order = Literal["random", "easy-first"]
 Pacing = Literal["linear", "root", "step"]
 
 BANDS = 10
@@ -24,43 +24,7 @@ BANDS = 10
 STEP_AT = 0.5
 """Progress of a stage at which `step` pacing lets everything in."""
 ROUNDING = 1e-6
-"""What sums of shares, and shares of bands, may be off by the way they were computed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurriculumStage:
-    """A part of training with one mixture, rate and order. Raises RecipeError for values unfit."""
-
-    mix: Mapping[str, float]
-    """Mode to weight: {"reasoning": 3, "fast": 1} is three to one, counted in examples."""
-    share: float
-    """Of all examples, in (0, 1]; the shares of a curriculum sum to 1."""
-    lr_scale: float = 1.0
-    """Factor on the rate the schedule gives."""
-    replay: float = 0.0
-    """Share of this stage's examples that follow the mean of all earlier mixes, in [0, 1)."""
-    ramp: float = 0.0
-    """Share of this stage in which its mixture grows linearly from the last one's; 0: abrupt."""
-    order: Order = "random"
-    pacing: Pacing = "root"
-    """With `easy-first`: how the share of rows that can be drawn grows."""
-    start: float = 0.2
-    """With `easy-first`: the share of the easiest rows that can be drawn at first, in (0, 1]."""
-
-    def __post_init__(self) -> None:
-        weights = list(self.mix.values())
-        finite = all(math.isfinite(weight) and weight >= 0 for weight in weights)
-        checks = {
-            "mix: weights from 0 up, one above": finite and sum(weights) > 0,
-            "share in (0, 1]": 0 < self.share <= 1,
-            "lr_scale above 0": 0 < self.lr_scale < math.inf,
-            "replay in [0, 1)": 0 <= self.replay < 1,
-            "ramp in [0, 1]": 0 <= self.ramp <= 1,
-            "start in (0, 1]": 0 < self.start <= 1,
-        }
-        for needed, holds in checks.items():
-            if not holds:
-                raise RecipeError(f"curriculum stage {dict(self.mix)}: needs {needed}")
+"""What shares of bands may be off by the way they were computed."""
 
 
 @dataclass(frozen=True)
@@ -71,32 +35,10 @@ class Plan:
     """int64, the row."""
     stage_E: np.ndarray
     """int8, the stage's number from 0."""
-    lr_scale_E: np.ndarray
-    """float64, the stage's factor on the learning rate."""
 
-
-@dataclass(frozen=True)
-class Part:
-    """What a plan takes of one mode in one stage."""
-
-    stage: int
-    mode: str
-    examples: int
-    rows: int
-    """Different rows among the examples: what the stage covers."""
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Series:
-    """The course of a plan, a value for each of W windows of examples."""
-
-    end_W: np.ndarray
-    """int64, the number of examples met by the window's end."""
-    shares: dict[str, np.ndarray]
-    """Mode to float64 [W], its share of the window's examples."""
-    difficulty_W: np.ndarray
-    """float64, the mean over the window's rows of known difficulty; NaN where there are none."""
+    def first(self, count: int) -> "Plan":
+        """Its first examples: what was met where training ends early."""
+        return Plan(self.order_E[:count], self.stage_E[:count])
 
 
 PAPER = (
@@ -132,12 +74,12 @@ def plan_order(
     order: altogether) rows met least in earlier stages come first. NaN counts as the median of the
     mode's known difficulties.
 
-    Raises RecipeError for a mode without rows, an easy-first stage over rows of no known
-    difficulty, shares that do not sum to 1, and a first stage with replay or ramp.
+    Raises RecipeError as `mode_shares`, and for a mode without rows, an easy-first stage over rows
+    of no known difficulty, and a stage that comes to no example.
     """
-    known, mode_N = _coded(modes_N)
+    known, mode_N = coded(modes_N)
     rows_of = {mode: np.flatnonzero(mode_N == code) for code, mode in enumerate(known)}
-    _check(stages, rows_of, difficulty_N)
+    _check_rows(stages, rows_of, difficulty_N)
     edges = _edges(stages, examples)
     order_E = np.empty(examples, np.int64)
     uses_N = np.zeros(len(mode_N), np.int64)
@@ -153,9 +95,25 @@ def plan_order(
             chosen = _draw(stage, difficulty_N[rows], uses_N[rows], progress=progress, rng=rng)
             order_E[part.start + places] = rows[chosen]
         uses_N += np.bincount(order_E[part], minlength=len(uses_N))
-    stage_E = np.repeat(np.arange(len(stages), dtype=np.int8), np.diff(edges))
-    scales = np.array([stage.lr_scale for stage in stages])
-    return Plan(order_E, stage_E, scales[stage_E])
+    return Plan(order_E, np.repeat(np.arange(len(stages), dtype=np.int8), np.diff(edges)))
+
+
+def mode_shares(stages: Sequence[CurriculumStage]) -> list[dict[str, float]]:
+    """Each stage's shares of the modes in its examples, ramp and replay included; no row is needed.
+
+    A ramp over the share r of a stage that grows from the mixture a to b: b + (a - b) r / 2.
+    Raises RecipeError for a mix without weight, and for a first stage with replay or ramp.
+    """
+    shares = []
+    for number, stage in enumerate(stages):
+        before = _settled(stages, number - 1) if stage.ramp else {}
+        after, of_before = _settled(stages, number), stage.ramp / 2
+        mean = {
+            mode: (1 - of_before) * after.get(mode, 0.0) + of_before * before.get(mode, 0.0)
+            for mode in sorted({**before, **after})
+        }
+        shares.append({mode: share for mode, share in mean.items() if share})
+    return shares
 
 
 def available_share(progress: np.ndarray, *, pacing: Pacing, start: float) -> np.ndarray:
@@ -194,71 +152,30 @@ def interleave(mix_EM: np.ndarray) -> np.ndarray:
     return columns[np.argsort(np.concatenate(due), kind="stable")]
 
 
-def summary(plan: Plan, *, modes_N: Sequence[str], tokens_N: np.ndarray) -> list[Part]:
-    """Examples, different rows and tokens by stage and mode, as met; parts of none are left out."""
-    names, mode_N = _coded(modes_N)
-    mode_E = mode_N[plan.order_E]
-    parts = []
-    for stage in range(int(plan.stage_E.max(initial=-1)) + 1):
-        for code, mode in enumerate(names):
-            rows = plan.order_E[(plan.stage_E == stage) & (mode_E == code)]
-            tokens = int(np.asarray(tokens_N)[rows].sum())
-            parts.append(Part(stage, mode, len(rows), len(np.unique(rows)), tokens))
-    return [part for part in parts if part.examples]
-
-
-def series(plan: Plan, *, modes_N: Sequence[str], difficulty_N: np.ndarray, windows: int) -> Series:
-    """Mode shares and mean difficulty in `windows` equal windows, or as many as there are examples.
-
-    Raises ValueError for a plan of no example.
-    """
-    examples = len(plan.order_E)
-    if not examples:
-        raise ValueError("a plan of no example has no course")
-    windows = min(windows, examples)
-    edges = np.arange(windows + 1) * examples // windows
-    names, mode_N = _coded(modes_N)
-    mode_E = mode_N[plan.order_E]
-    difficulty_E = np.asarray(difficulty_N, np.float64)[plan.order_E]
-    known_E = ~np.isnan(difficulty_E)
-    known_W = np.add.reduceat(known_E.astype(np.int64), edges[:-1])
-    totals_W = np.add.reduceat(np.where(known_E, difficulty_E, 0.0), edges[:-1])
-    means_W = np.divide(totals_W, known_W, out=np.full(windows, np.nan), where=known_W > 0)
-    shares = {
-        mode: np.add.reduceat((mode_E == code).astype(np.float64), edges[:-1]) / np.diff(edges)
-        for code, mode in enumerate(names)
-    }
-    return Series(edges[1:], shares, means_W)
-
-
-def _coded(modes_N: Sequence[str]) -> tuple[list[str], np.ndarray]:
+def coded(modes_N: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """The modes there are, in order of name, and each row's number among them."""
     names = sorted(set(modes_N))
     codes = {mode: code for code, mode in enumerate(names)}
     return names, np.array([codes[mode] for mode in modes_N], np.int64)
 
 
-def _check(
+def _check_rows(
     stages: Sequence[CurriculumStage],
     rows_of: Mapping[str, np.ndarray],
     difficulty_N: np.ndarray,
 ) -> None:
-    total = sum(stage.share for stage in stages)
-    if abs(total - 1) > ROUNDING:
-        raise RecipeError(f"curriculum: the shares of its stages sum to {total:g}, not to 1")
-    if stages[0].replay or stages[0].ramp:
-        raise RecipeError("curriculum: the first stage has no earlier one to replay or ramp from")
-    for number, stage in enumerate(stages):
-        for mode in _mixture(stages, number, examples=1)[0]:
+    for number, shares in enumerate(mode_shares(stages)):
+        for mode in shares:
             if mode not in rows_of:
                 raise RecipeError(
-                    f"curriculum stage {number}: no row has the mode {mode!r}; "
-                    f"the data has: {', '.join(rows_of) or 'no row'}"
+                    f"curriculum.{number}.mix: no row of data has the mode {mode!r}, only "
+                    f"{', '.join(rows_of)}; add a step with such rows, or leave the mode out"
                 )
-            if stage.order == "easy-first" and np.isnan(difficulty_N[rows_of[mode]]).all():
+            easy_first = stages[number].order == "easy-first"
+            if easy_first and np.isnan(difficulty_N[rows_of[mode]]).all():
                 raise RecipeError(
-                    f"curriculum stage {number}: easy-first, but no row of mode {mode!r} has a "
-                    "difficulty: score them in a step before, or set the order to random"
+                    f"curriculum.{number}.order: easy-first, but no {mode} row of data has a "
+                    "difficulty; put a difficulty step before, or set order = random"
                 )
 
 
@@ -266,7 +183,13 @@ def _edges(stages: Sequence[CurriculumStage], examples: int) -> np.ndarray:
     """Where stages begin and end: S + 1 example numbers."""
     ends = np.rint(np.cumsum([stage.share for stage in stages]) * examples).astype(np.int64)
     ends[-1] = examples
-    return np.concatenate([[0], ends])
+    edges = np.concatenate([[0], ends])
+    if empty := np.flatnonzero(np.diff(edges) == 0).tolist():
+        raise RecipeError(
+            f"curriculum.{empty[0]}.share: {stages[empty[0]].share:g} of {examples} examples is "
+            "not one; raise it, or epochs"
+        )
+    return edges
 
 
 def _mixture(
@@ -296,9 +219,9 @@ def _settled(stages: Sequence[CurriculumStage], number: int) -> dict[str, float]
     return shares
 
 
-def _shares(mix: Mapping[str, float]) -> dict[str, float]:
+def _shares(mix: Mapping[Mode, float]) -> dict[str, float]:
     total = sum(mix.values())
-    return {mode: weight / total for mode, weight in mix.items()}
+    return {str(mode): weight / total for mode, weight in mix.items()}
 
 
 def _apportion(shares_M: np.ndarray) -> np.ndarray:

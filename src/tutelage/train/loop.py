@@ -44,6 +44,16 @@ class RowLoss:
 
 
 @dataclass(frozen=True)
+class StepStage:
+    """The stage of a curriculum that a step belongs to."""
+
+    number: int
+    """From 1, for the log."""
+    lr_scale: float
+    """Factor on the rate the schedule gives."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What to train on: examples by index, and each step as packed rows of indices."""
 
@@ -51,6 +61,16 @@ class Plan:
     name: Callable[[int], str]
     """A row's id, for the message when a step goes wrong."""
     steps: Sequence[Sequence[Sequence[int]]]
+    stages: Sequence[StepStage] = ()
+    """Of each step; empty where there is no curriculum."""
+
+    def lr_scale(self, number: int) -> float:
+        """Factor on the schedule's rate at step `number`."""
+        return self.stages[number].lr_scale if self.stages else 1.0
+
+    def facts(self, number: int) -> dict[str, int]:
+        """What the log says of step `number` beside its figures."""
+        return {"stage": self.stages[number].number} if self.stages else {}
 
 
 class Trainee(nn.Module):
@@ -100,21 +120,22 @@ def train(
         for number in range(position.step, len(steps)):
             step = steps[number]
             rows = [pack([_cut(plan.load(i), config) for i in row], row) for row in step]
-            lr = optim.cosine_lr(
+            lr = plan.lr_scale(number) * optim.cosine_lr(
                 number, steps=len(steps), lr=config.lr, min_share=config.min_lr_share,
                 warmup_share=config.warmup_share,
             )  # fmt: skip
             averages = _step(accelerator, trainee, optimizer, rows, lr, config, device, plan)
             tokens = position.trained_tokens + sum(len(row.ids_T) for row in rows)
             position = checkpoint.Position(number + 1, tokens, position.seconds)
-            log.write({"step": number + 1, "lr": lr, "tokens": tokens, **averages})
+            facts = {"step": number + 1, **plan.facts(number), "lr": lr, "tokens": tokens}
+            log.write(facts | averages)
             _show(bar, len(_rows_of(step)), averages)
             due = time.monotonic() - saved >= config.checkpoint_minutes * 60
             if due and number + 1 < len(steps):
                 spent = position.seconds + time.monotonic() - started
                 position = checkpoint.Position(number + 1, tokens, spent)
+                log.flush()  # first: a kill just after the checkpoint must not lose its lines
                 checkpoint.save(folder, model, _inner(optimizer), position)
-                log.flush()
                 saved = started = time.monotonic()
     model.eval()
     work.commit(

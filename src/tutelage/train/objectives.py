@@ -106,9 +106,11 @@ def loss_spec(config: Distill, meta: StoreMeta) -> LossSpec:
             f"outside = unbiased, but the targets are of the estimator {meta.estimator}, which "
             "keeps nothing outside its head; set outside = bucket, or score with a threshold"
         )
-    if treatment != "unbiased" and config.divergence != "policy_gradient" and not meta.has_head:
+    by_head = treatment != "unbiased" and config.divergence != "policy_gradient"
+    if (by_head or config.reverse_share) and not meta.has_head:
+        what = f"outside = {treatment}" if by_head else "reverse_share"
         raise RecipeError(
-            f"outside = {treatment} needs a head, and the targets are of the estimator "
+            f"{what} needs a head, and the targets are of the estimator "
             f"{meta.estimator}, which has none; set divergence = forward_kl and outside = unbiased"
         )
     if config.divergence == "policy_gradient" and not meta.has_label:
