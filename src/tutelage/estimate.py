@@ -16,23 +16,19 @@ from tutelage.core.errors import RecipeError
 from tutelage.data.identity import source_files
 from tutelage.models.source import locate
 from tutelage.pipeline import Planned
+from tutelage.recipe.base import Step
+from tutelage.recipe.curation import Curate, Data, Difficulty, Funnel, Magpie
 from tutelage.recipe.tables import (
-    Curate,
-    Data,
-    Difficulty,
     Distill,
     Evaluate,
     Export,
-    Funnel,
-    Magpie,
     ModelSource,
     Prune,
     Rollout,
     Score,
     Sft,
-    Step,
     Synthesize,
-)  # fmt: skip
+)
 from tutelage.store import Store
 from tutelage.train.curriculum_forecast import (
     ANY_MODE,

@@ -7,8 +7,9 @@ from typing import Any
 
 from tutelage.core.errors import RecipeError
 from tutelage.core.fingerprint import fingerprint
+from tutelage.recipe.base import Step
 from tutelage.recipe.load import Variant
-from tutelage.recipe.tables import ModelSource, Prune, Recipe, Report, Step, references, settings
+from tutelage.recipe.tables import ModelSource, Prune, Recipe, Report, references, settings
 
 KIND_NAMES = {
     "model": "a model", "conversations": "conversations (a data or synthesize step)",

@@ -30,8 +30,8 @@ from tutelage.data.identity import data_identity
 from tutelage.graph import Node, build, identities
 from tutelage.models import source as models
 from tutelage.models.inspect import ModelFacts
+from tutelage.recipe.base import Step
 from tutelage.recipe.load import Variant
-from tutelage.recipe.tables import Step
 from tutelage.store import Store
 
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "OutOfMemoryError")

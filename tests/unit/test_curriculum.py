@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tutelage.core.errors import RecipeError
-from tutelage.recipe.tables import CurriculumStage, Mode, Sft
+from tutelage.recipe.base import Mode
+from tutelage.recipe.tables import CurriculumStage, Sft
 from tutelage.records import CONVERSATIONS, write_rows
 from tutelage.train.curriculum import (
     BANDS,

@@ -11,9 +11,9 @@ import pytest
 from tutelage.core.artifact import WorkDir
 from tutelage.core.errors import DataError
 from tutelage.core.progress import Reporter
-from tutelage.data import funnel, prepare
+from tutelage.data import prepare, waiting
+from tutelage.recipe.curation import Data
 from tutelage.recipe.load import parse
-from tutelage.recipe.tables import Data
 from tutelage.records import read_rows
 from tutelage.stages import data
 
@@ -115,7 +115,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers_or_of_buckets(
     monkeypatch.setattr(prepare, "CHUNK_ROWS", 9)
     found = {}
     for name, workers, bucket in (("one", 1, 1 << 16), ("two", 2, 1 << 16), ("small", 1, 7)):
-        monkeypatch.setattr(funnel, "BUCKET_ROWS", bucket)
+        monkeypatch.setattr(waiting, "BUCKET_ROWS", bucket)
         folder = tmp_path / name
         run(
             folder, [rows], workers=workers, decontaminate=[{"source": evaluation}],

@@ -25,8 +25,8 @@ from tutelage.core.errors import ArtifactError, DataError, EngineError, ModelErr
 from tutelage.core.lock import file_lock
 from tutelage.core.progress import Reporter
 from tutelage.estimate import estimate
+from tutelage.recipe.base import Step
 from tutelage.recipe.load import load
-from tutelage.recipe.tables import Step
 from tutelage.store import Store
 
 RECIPE = """

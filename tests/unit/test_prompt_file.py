@@ -11,7 +11,7 @@ import pytest
 
 from tutelage.data.rows import conversation
 from tutelage.data.sources import read_source
-from tutelage.recipe.tables import DataSource
+from tutelage.recipe.curation import DataSource
 
 FIELDS = ["id", "language", "category", "prompt"]
 LANGUAGES = {"en", "zh", "de", "es", "fr", "ja"}

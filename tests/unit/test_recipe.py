@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tutelage.core.errors import RecipeError
+from tutelage.recipe.curation import Data
 from tutelage.recipe.load import Variant, load
-from tutelage.recipe.tables import Data, Distill, Rollout, Score, Sft, references, settings
+from tutelage.recipe.tables import Distill, Rollout, Score, Sft, references, settings
 
 RECIPE = """
 name = "r"

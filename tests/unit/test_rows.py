@@ -8,7 +8,7 @@ import pytest
 
 from tutelage.core.errors import DataError
 from tutelage.data.rows import conversation
-from tutelage.recipe.tables import Columns, DataSource
+from tutelage.recipe.curation import Columns, DataSource
 from tutelage.records import CONVERSATIONS, read_rows, write_rows
 
 

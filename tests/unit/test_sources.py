@@ -17,7 +17,7 @@ from tutelage.data.identity import data_identity, source_files
 from tutelage.data.rows import conversation
 from tutelage.data.sources import UnreadableRow, read_source
 from tutelage.evals.graders import grade
-from tutelage.recipe.tables import Data, DataSource
+from tutelage.recipe.curation import Data, DataSource
 
 
 def read(path: Path | str, **settings: Any) -> list[tuple[str, Any]]:

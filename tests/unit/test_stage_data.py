@@ -10,7 +10,7 @@ from rich.console import Console
 from tutelage.core.artifact import WorkDir
 from tutelage.core.errors import DataError
 from tutelage.core.progress import Reporter
-from tutelage.recipe.tables import Data
+from tutelage.recipe.curation import Data
 from tutelage.records import read_rows
 from tutelage.stages import data
 

@@ -21,7 +21,7 @@ from tutelage.core.errors import DataError, RecipeError
 from tutelage.core.progress import Reporter
 from tutelage.engines.base import Completion
 from tutelage.evals.graders import Verdict
-from tutelage.recipe.tables import Difficulty
+from tutelage.recipe.curation import Difficulty
 from tutelage.records import CONVERSATIONS, read_rows, write_rows
 from tutelage.stages import difficulty
 from tutelage.text.chat import ChatFormat, Message

@@ -14,7 +14,7 @@ from tutelage.core.artifact import Artifact, WorkDir
 from tutelage.core.errors import DataError, ModelError
 from tutelage.core.progress import Reporter
 from tutelage.engines.base import Completion, SamplingParams
-from tutelage.recipe.tables import Magpie
+from tutelage.recipe.curation import Magpie
 from tutelage.records import read_rows
 from tutelage.stages import magpie
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from tutelage.core.artifact import WorkDir, measure_peak
 from tutelage.core.progress import Reporter
-from tutelage.recipe.tables import Data
+from tutelage.recipe.curation import Data
 from tutelage.stages import data
 
 DUPLICATE_SHARE, LEAK_SHARE, DAMAGE_SHARE = 0.20, 0.01, 0.02

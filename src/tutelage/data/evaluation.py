@@ -7,7 +7,7 @@ from tutelage.core.artifact import Artifact
 from tutelage.core.errors import DataError
 from tutelage.data.rows import conversation
 from tutelage.data.sources import UnreadableRow, read_source
-from tutelage.recipe.tables import DataSource
+from tutelage.recipe.curation import DataSource
 
 
 def evaluation_texts(sources: Sequence[DataSource], *, seed: int) -> tuple[str, ...]:

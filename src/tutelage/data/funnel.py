@@ -11,17 +11,15 @@ Legend: N rows that passed `prepare.py`.
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tutelage.core.artifact import WorkDir
 from tutelage.core.errors import DataError
-from tutelage.core.files import atomic_path, write_json
+from tutelage.core.files import write_json
 from tutelage.data import near
 from tutelage.data.balance import balanced
 from tutelage.data.difficulty import difficulty_bands, prefer
@@ -30,63 +28,19 @@ from tutelage.data.prepare import (
     UNREADABLE,
     Dropped,
     Job,
-    Prepared,
     RawRow,
     prepared,
 )
+from tutelage.data.waiting import Waiting, write
 from tutelage.data.zipselect import zip_select
-from tutelage.recipe.tables import Funnel, Select
-from tutelage.records import CONVERSATIONS, ROW_GROUP_ROWS, prompt_messages
+from tutelage.recipe.curation import Funnel, Select
+from tutelage.records import prompt_messages
 
 DUPLICATES, MIX, HOLDOUT, SELECT, LIMIT = "duplicates", "mix", "holdout", "select", "limit"
 CONVERSATIONS_FILE, FUNNEL_FILE, QUARANTINE = "conversations.parquet", "funnel.json", "quarantine"
-BUCKET_ROWS = 1 << 16
-"""Rows of the result that are in memory while they are put in order."""
 DIFFICULTY_BANDS = 5
 SHOWN_CHARACTERS = 500
 """Of the row that stays, beside the duplicate that goes."""
-
-
-@dataclass
-class _Waiting:
-    """The rows that passed `prepare.py`: records on disk, and what decides in memory."""
-
-    folder: Path
-    counts: list[int] = field(default_factory=list)
-    sketches: list[near.Sketches] = field(default_factory=list)
-    places: list[list[str]] = field(default_factory=list)
-    sources: list[np.ndarray] = field(default_factory=list)
-    held_out: list[np.ndarray] = field(default_factory=list)
-    ids: list[np.ndarray] = field(default_factory=list)
-    """uint64 hashes"""
-
-    def add(self, chunk: Prepared) -> None:
-        path = self.part(len(self.counts))
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, CONVERSATIONS) as writer:
-            writer.write_batch(chunk.kept)
-        self.counts.append(len(chunk.kept))
-        if chunk.sketches is not None:
-            self.sketches.append(chunk.sketches)
-        self.places.append(chunk.places)
-        self.sources.append(chunk.sources_N)
-        self.held_out.append(chunk.held_out_N)
-        ids = chunk.kept.column("id").to_pylist()
-        self.ids.append(np.array([_hash(name) for name in ids], np.uint64))
-
-    def part(self, index: int) -> Path:
-        return self.folder / f"{index:06d}.arrow"
-
-    def tables(self) -> Iterator[tuple[slice, pa.Table]]:
-        """Every part, with which of the N rows it holds."""
-        start = 0
-        for index, count in enumerate(self.counts):
-            with pa.memory_map(str(self.part(index))) as source:
-                yield slice(start, start + count), pa.ipc.open_file(source).read_all()
-            start += count
-
-    def column(self, name: str) -> list[Any]:
-        """One column of all rows."""
-        return [value for _, table in self.tables() for value in table[name].to_pylist()]
 
 
 @dataclass
@@ -134,7 +88,7 @@ def run_funnel(
     folder = work.scratch("funnel")
     shutil.rmtree(folder)  # what an earlier attempt left
     folder.mkdir()
-    waiting, counts = _Waiting(folder), _Counts()
+    waiting, counts = Waiting(folder), _Counts()
     with _Quarantine(work.path / QUARANTINE) as quarantine:
         for name in (UNREADABLE, *(table.name for table in config.filters)):
             counts.add(name, 0)
@@ -153,14 +107,14 @@ def run_funnel(
         counts.add(LIMIT, len(order) - len(order[: config.limit]))
         order = order[: config.limit]
     counts.check_left(len(order))
-    _write(work.path / CONVERSATIONS_FILE, waiting, order)
+    write(work.path / CONVERSATIONS_FILE, waiting, order)
     write_json(work.path / FUNNEL_FILE, {"read": counts.read, "steps": counts.steps()})
     dropped = {f"dropped_{name}": count for name, count in counts.dropped.items()}
     return {"rows": len(order), "read": counts.read, **dropped}
 
 
 def _collect(
-    rows: Iterable[RawRow], job: Job, work: WorkDir, waiting: _Waiting, counts: _Counts,
+    rows: Iterable[RawRow], job: Job, work: WorkDir, waiting: Waiting, counts: _Counts,
     quarantine: "_Quarantine",
 ) -> Dropped | None:  # fmt: skip
     """Prepare every chunk; returns the first row that could not be read, if there is one."""
@@ -180,7 +134,7 @@ def _collect(
 
 
 def _decided(
-    waiting: _Waiting,
+    waiting: Waiting,
     config: Funnel,
     counts: _Counts,
     quarantine: "_Quarantine",
@@ -211,7 +165,7 @@ def _taken(kept_N: np.ndarray, wanted_N: np.ndarray, name: str, counts: _Counts)
 
 
 def _without_duplicates(
-    waiting: _Waiting, config: Funnel, counts: _Counts, quarantine: "_Quarantine"
+    waiting: Waiting, config: Funnel, counts: _Counts, quarantine: "_Quarantine"
 ) -> np.ndarray:
     rule = config.duplicates
     assert rule is not None
@@ -263,7 +217,7 @@ def _mixed(
     return wanted_N
 
 
-def _selected(waiting: _Waiting, kept_N: np.ndarray, select: Select, seed: int) -> np.ndarray:
+def _selected(waiting: Waiting, kept_N: np.ndarray, select: Select, seed: int) -> np.ndarray:
     rows = np.flatnonzero(kept_N)
     count = min(select.count, len(rows))  # a smaller set is taken whole
     if select.by == "zip":
@@ -291,7 +245,7 @@ def _selected(waiting: _Waiting, kept_N: np.ndarray, select: Select, seed: int) 
 
 
 def _groups(
-    waiting: _Waiting, rows: np.ndarray, difficulty: np.ndarray, select: Select
+    waiting: Waiting, rows: np.ndarray, difficulty: np.ndarray, select: Select
 ) -> Iterator[list[str]]:
     for name in select.over:
         if name == "difficulty":
@@ -299,78 +253,6 @@ def _groups(
         else:
             values = waiting.column(name)
             yield [str(values[row] or "") for row in rows]
-
-
-def _write(path: Path, waiting: _Waiting, order: np.ndarray) -> None:
-    """The rows in `order` as one Parquet file, a bucket of them in memory at a time."""
-    position_N = np.full(sum(waiting.counts), -1, np.int64)
-    position_N[order] = np.arange(len(order))
-    renamed = _renamed(waiting, order)
-    buckets = -(-len(order) // BUCKET_ROWS)
-    sinks = [
-        pa.ipc.new_file(str(waiting.folder / f"bucket-{b:05d}"), CONVERSATIONS)
-        for b in range(buckets)
-    ]
-    positions: list[list[np.ndarray]] = [[] for _ in range(buckets)]
-    for rows, table in waiting.tables():
-        places = position_N[rows]
-        table = _with_names(table, rows.start, renamed)
-        for bucket in map(int, np.unique(places[places >= 0] // BUCKET_ROWS)):
-            inside = np.flatnonzero(places // BUCKET_ROWS == bucket)
-            inside = inside[places[inside] >= 0]
-            sinks[bucket].write_table(table.take(pa.array(inside)))
-            positions[bucket].append(places[inside])
-    for sink in sinks:
-        sink.close()
-    with (
-        atomic_path(path) as temporary,
-        pq.ParquetWriter(temporary, CONVERSATIONS, compression="zstd") as writer,
-    ):
-        for bucket in range(buckets):
-            with pa.memory_map(str(waiting.folder / f"bucket-{bucket:05d}")) as source:
-                table = pa.ipc.open_file(source).read_all()
-                ordered = table.take(pa.array(np.argsort(np.concatenate(positions[bucket]))))
-                writer.write_table(ordered, row_group_size=ROW_GROUP_ROWS)
-        writer.close()  # the footer must be on the file before its fsync
-
-
-def _renamed(waiting: _Waiting, order: np.ndarray) -> dict[int, str]:
-    """New names for kept rows whose id an earlier kept row has, by row: `id#2`, `id#3`, ..."""
-    hashes_N = np.concatenate([np.zeros(0, np.uint64), *waiting.ids])
-    rows = np.sort(order)
-    unique, counts = np.unique(hashes_N[rows], return_counts=True)
-    shared = rows[np.isin(hashes_N[rows], unique[counts > 1])]
-    if not len(shared):
-        return {}
-    taken = set(unique.tolist())
-    names: dict[int, str] = {}
-    seen: dict[str, int] = {}
-    for part, table in waiting.tables():
-        inside = shared[(shared >= part.start) & (shared < part.stop)]
-        ids = table["id"].take(pa.array(inside - part.start)).to_pylist()
-        for row, name in zip(inside.tolist(), ids, strict=True):
-            seen[name] = seen.get(name, 0) + 1
-            if seen[name] > 1:
-                fresh = f"{name}#{seen[name]}"
-                while _hash(fresh) in taken:  # some other row is called so by itself
-                    fresh += "#"
-                taken.add(_hash(fresh))
-                names[row] = fresh
-    return names
-
-
-def _with_names(table: pa.Table, start: int, renamed: dict[int, str]) -> pa.Table:
-    here = {row - start: name for row, name in renamed.items() if 0 <= row - start < len(table)}
-    if not here:
-        return table
-    ids = table["id"].to_pylist()
-    for offset, name in here.items():
-        ids[offset] = name
-    return table.set_column(0, CONVERSATIONS.field("id"), pa.array(ids, pa.string()))
-
-
-def _hash(name: str) -> int:
-    return int.from_bytes(blake2b(name.encode("utf-8"), digest_size=8).digest(), "little")
 
 
 class _Quarantine:

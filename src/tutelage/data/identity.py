@@ -8,7 +8,9 @@ from typing import Any
 
 from tutelage.core.errors import DataError
 from tutelage.core.hashes import remembered_sha256
-from tutelage.recipe.tables import Convert, Data, DataSource, Funnel, Step
+from tutelage.recipe.base import Step
+from tutelage.recipe.curation import Data, DataSource, Funnel
+from tutelage.recipe.tables import Convert
 
 CAPTURE_SETTINGS = "compression_config.yaml"
 """What DistillKit writes beside a capture."""

@@ -24,8 +24,8 @@ from tutelage.data.filters import NamedFilter, apply_filters, build_filters
 from tutelage.data.near import Sketches, sketch
 from tutelage.data.rows import conversation
 from tutelage.data.sources import UnreadableRow
+from tutelage.recipe.curation import DataSource
 from tutelage.recipe.filters import AnyFilter
-from tutelage.recipe.tables import DataSource
 from tutelage.records import CONVERSATIONS, prompt_messages
 
 CHUNK_ROWS = 2048

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tutelage.core.errors import DataError
-from tutelage.recipe.tables import Columns, DataSource
+from tutelage.recipe.curation import Columns, DataSource
 from tutelage.text.chat import split_thinking
 
 ROLES = ("system", "user", "assistant")

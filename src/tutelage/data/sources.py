@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from tutelage.core.errors import DataError
 from tutelage.data.identity import source_files
-from tutelage.recipe.tables import DataSource
+from tutelage.recipe.curation import DataSource
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 REFUSED_TASKS = {"codeio": "it runs programs inside this process to make and judge its rows"}

@@ -5,20 +5,15 @@ What a filter does stands in `tutelage.data.filters`; nothing here reads a row.
 
 from typing import Annotated, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from tutelage.recipe.base import Table
 
 NoLimitOrInt = Annotated[int, Field(ge=0)]
 """A count of tokens; 0 sets no limit."""
 
 
-class Filter(BaseModel):
-    """A filter of rows: frozen, and an unknown key is an error."""
-
-    # `Table` of tables.py says the same; that file imports this one
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class LengthFilter(Filter):
+class LengthFilter(Table):
     """Drops rows that are too short or too long."""
 
     name: Literal["length"]
@@ -46,13 +41,13 @@ class LengthFilter(Filter):
         return self
 
 
-class EncodingFilter(Filter):
+class EncodingFilter(Table):
     """Drops rows whose text was decoded wrongly or holds characters that no text has."""
 
     name: Literal["encoding"]
 
 
-class RepetitionFilter(Filter):
+class RepetitionFilter(Table):
     """Drops rows caught in a loop: of words, of lines, or of one character."""
 
     name: Literal["repetition"]
@@ -62,25 +57,25 @@ class RepetitionFilter(Filter):
     """Most n-grams of one text, as a share, that may stand there for the third time or later."""
 
 
-class ThinkMarkersFilter(Filter):
+class ThinkMarkersFilter(Table):
     """Drops rows in which think markers do not pair up, or were left in an answer or a chain."""
 
     name: Literal["think-markers"]
 
 
-class AnswerMissingFilter(Filter):
+class AnswerMissingFilter(Table):
     """Drops rows that end without an answer; prompts too."""
 
     name: Literal["answer-missing"]
 
 
-class RefusalFilter(Filter):
+class RefusalFilter(Table):
     """Drops rows with an answer that begins like a stock refusal (en, zh, de, es, fr, ja)."""
 
     name: Literal["refusal"]
 
 
-class LanguageFilter(Filter):
+class LanguageFilter(Table):
     """Drops rows whose prose is in another language; code and short texts are left alone."""
 
     name: Literal["language"]

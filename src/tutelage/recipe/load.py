@@ -11,15 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from tutelage.core.errors import RecipeError
-from tutelage.recipe.tables import (
-    STEP_TYPES,
-    Columns,
-    DataSource,
-    ModelSource,
-    Recipe,
-    Runtime,
-    Table,
-)
+from tutelage.recipe.base import Table
+from tutelage.recipe.curation import Columns, DataSource
+from tutelage.recipe.tables import STEP_TYPES, ModelSource, Recipe, Runtime
 
 
 @dataclass(frozen=True)

@@ -1,45 +1,32 @@
-"""Every table of a recipe, as frozen typed settings; how one is read stands in `load.py`.
+"""The tables of a recipe, as frozen typed settings; how one is read stands in `load.py`.
 
 The `[steps.*]` tables are the pipeline's graph: a field typed `ModelRef`, `ConversationsRef` and so
 on names the step (or the model) it reads. No torch here: `tutelage plan` answers in under a second.
+What makes and narrows down rows is in `curation.py`.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from tutelage.recipe.filters import AnyFilter
-
-
-@dataclass(frozen=True)
-class Reads:
-    """Marks a field as the name of a step that produces `kind`; an empty name reads nothing."""
-
-    kind: str
-
-
-ModelRef = Annotated[str, Reads("model")]
-ConversationsRef = Annotated[str, Reads("conversations")]
-RolloutsRef = Annotated[str, Reads("rollouts")]
-TargetsRef = Annotated[str, Reads("targets")]
-AnyRef = Annotated[str, Reads("any")]
-
-PositiveInt = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-"""What every generator takes; the random streams of numpy refuse a negative one."""
-Mode = Literal["reasoning", "fast"]
-
+from tutelage.recipe.base import (
+    AnyRef,
+    ConversationsRef,
+    Mode,
+    ModelRef,
+    PositiveInt,
+    Reads,
+    RolloutsRef,
+    Seed,
+    Share,
+    Step,
+    Table,
+    TargetsRef,
+)
+from tutelage.recipe.curation import Curate, Data, Difficulty, Magpie
 
 ESTIMATOR_SETTINGS = {"threshold": ("tau", "budget", "budget_unit"), "fixed": ("head", "draws")}
-
-
-class Table(BaseModel):
-    """A table of a recipe: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Runtime(Table):
@@ -79,72 +66,6 @@ class ModelSource(Table):
         return bool(self.drop_layers or self.keep_layers)
 
 
-class Columns(Table):
-    """Which columns of a source hold what; an empty name means the source has none."""
-
-    id: str = ""
-    messages: str = ""
-    system: str = ""
-    prompt: str = ""
-    response: str = ""
-    thinking: str = ""
-    answer: str = ""
-    language: str = ""
-
-
-class DataSource(Table):
-    """Rows from one place."""
-
-    source: str
-    """`bundled:prompts`, `hub:owner/name`, `task:NAME` (reasoning-gym), or a file path or glob
-    (.jsonl, .json, .csv, .tsv, .parquet; all but the last also as .gz and .zst)."""
-    columns: Columns = Columns()
-    """Left out, the usual names are recognised (messages, conversations, prompt, question, ...)."""
-    limit: Annotated[int, Field(ge=0)] = 0
-    """At most so many rows, in the source's order; 0 takes all. Required for `task:`."""
-    split: str = "train"
-    subset: str = ""
-    revision: str = ""
-    language: str = ""
-    task_config: dict[str, Any] = {}
-    weight: Annotated[float, Field(ge=0)] = 0.0
-    """Share of the result against other sources with a weight: rows are left out until the shares
-    hold, never repeated. 0 takes all its rows."""
-
-
-class Duplicates(Table):
-    """Which rows say the same as an earlier one; earlier in the order of sources, then of rows."""
-
-    of: Literal["prompt", "conversation"] = "prompt"
-    """What is compared: the user's side, or all that is said."""
-    near: Annotated[float, Field(ge=0, le=1)] = 0.64
-    """Least Jaccard similarity of 3-word shingles; 0 drops exact copies only."""
-    same_numbers: bool = False
-    """Rows with other numbers are no duplicates: for problems made from templates."""
-
-
-class Select(Table):
-    """Which of the rows that are left are taken."""
-
-    by: Literal["zip", "balance", "difficulty"]
-    """zip: the most varied, by compression (arXiv 2407.06645). balance: groups as equal as can be.
-    difficulty: near `centre`, by a Gaussian weight."""
-    count: PositiveInt
-    over: tuple[Literal["source", "language", "difficulty", "mode"], ...] = ("source", "language")
-    """What makes a group, with `by = "balance"`."""
-    centre: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Preferred difficulty: 0 is solved always, 1 never."""
-    width: Annotated[float, Field(gt=0)] = 0.2
-
-
-class Step(Table):
-    """What every step has: a stage, whose `version` rises when the same settings give new bytes."""
-
-    produces: ClassVar[str]
-    version: ClassVar[int] = 1
-    stage: str
-
-
 class Prune(Step):
     """A depth-pruned start. Made from `[models.*]` with `drop_layers`; rarely written by hand."""
 
@@ -155,72 +76,6 @@ class Prune(Step):
     keep_layers: tuple[int, ...] = ()
     calibration_rows: PositiveInt = 24
     """Bundled prompts on which block influence is measured."""
-
-
-class Funnel(Step):
-    """What narrows rows down, in this order: filters, decontaminate, duplicates, part, select."""
-
-    produces: ClassVar[str] = "conversations"
-    version: ClassVar[int] = 2
-    filters: tuple[AnyFilter, ...] = ()
-    """One after the other, as listed; what they drop is kept aside in `quarantine/`."""
-    tokenizer: ModelRef = ""
-    """The model whose tokens `length` counts."""
-    decontaminate: tuple[DataSource, ...] = ()
-    """Evaluation items: rows that share 13 words in a row with one are dropped."""
-    duplicates: Duplicates | None = None
-    """Left out, duplicates stay."""
-    part: Literal["all", "train", "holdout"] = "all"
-    """Which side of the split; it goes by the prompt's text, so equal prompts never straddle it."""
-    holdout_share: Share = 0.1
-    select: Select | None = None
-    limit: Annotated[int, Field(ge=0)] = 0
-    """Rows kept after the shuffle; 0 keeps all."""
-    seed: Seed
-
-    @model_validator(mode="after")
-    def _a_tokenizer_for_lengths(self) -> "Funnel":
-        if any(table.name == "length" for table in self.filters) and not self.tokenizer:
-            raise ValueError("filter length counts tokens: name a model in tokenizer")
-        return self
-
-
-class Data(Funnel):
-    """Conversations or prompts from files, the Hub, a task or the bundled prompt file."""
-
-    stage: Literal["data"]
-    sources: Annotated[tuple[DataSource, ...], Field(min_length=1)]
-    max_bad_share: Share = 0.01
-    """More malformed rows than this stop the step; fewer are set aside in `quarantine/`."""
-
-
-class Curate(Funnel):
-    """The same for conversations that earlier steps made: synthesized, scored for difficulty."""
-
-    stage: Literal["curate"]
-    data: Annotated[tuple[ConversationsRef, ...], Field(min_length=1)]
-
-
-class Difficulty(Step):
-    """How hard each row is for a student, from 0 (always solved) to 1 (never)."""
-
-    produces: ClassVar[str] = "conversations"
-    stage: Literal["difficulty"]
-    model: ModelRef
-    data: ConversationsRef
-    by: Literal["pass-rate", "likelihood"] = "pass-rate"
-    """pass-rate: 1 - share of `samples` answers that the verifier takes (arXiv 2505.22375), for
-    rows with a gold answer. likelihood: rank of the row's answer by IFD (arXiv 2308.12032)."""
-    verifier: str = "auto"
-    """A grader: exact, numeric, math, choice, reasoning-gym; auto goes by the row."""
-    mode: Mode = "fast"
-    samples: PositiveInt = 4
-    max_tokens: PositiveInt = 256
-    temperature: Annotated[float, Field(gt=0)] = 0.6
-    """At 1 a small student solves next to nothing, and all rows look alike."""
-    shard_rows: PositiveInt = 64
-    batch_rows: PositiveInt = 32
-    seed: Seed
 
 
 class Sampling(Step):
@@ -261,28 +116,6 @@ class Synthesize(Sampling):
     """A model that gives a second opinion: answers it rates under `judge_least` are put aside."""
     rubric: str = "The answer is correct, complete, clear, and does what was asked."
     judge_least: Annotated[int, Field(ge=1, le=5)] = 3
-
-
-class Magpie(Step):
-    """Prompts by the teacher: given only the opening of a user's turn, it writes one (2406.08464).
-
-    Filter them like any other prompts, in a `curate` step.
-    """
-
-    produces: ClassVar[str] = "conversations"
-    stage: Literal["magpie"]
-    teacher: ModelRef
-    count: PositiveInt
-    """Prompts asked for; empty ones and those cut off are left out."""
-    system: str = ""
-    """A system message before the turn, to steer what is asked about."""
-    language: str = ""
-    """What the rows say their language is."""
-    max_tokens: PositiveInt = 128
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    shard_rows: PositiveInt = 64
-    batch_rows: PositiveInt = 32
-    seed: Seed
 
 
 class Rollout(Sampling):
@@ -340,7 +173,7 @@ class Convert(Step):
     """Its Parquet files, a path or glob; `compression_config.yaml` is looked for beside them."""
     model: ModelRef
     """Whose tokenizer the ids are of."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
     """`logprob_compressor` of the capture, where there is no compression_config.yaml."""
     shard_rows: PositiveInt = 64
 

@@ -8,7 +8,7 @@ from tutelage.core.errors import DataError
 from tutelage.data.evaluation import evaluation_texts, tokenizer_file
 from tutelage.data.funnel import run_funnel
 from tutelage.data.prepare import Dropped, Job, RawRow
-from tutelage.recipe.tables import Curate
+from tutelage.recipe.curation import Curate
 from tutelage.records import CONVERSATIONS, read_rows
 
 

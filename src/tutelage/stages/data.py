@@ -10,7 +10,7 @@ from tutelage.data.evaluation import evaluation_texts, tokenizer_file
 from tutelage.data.funnel import run_funnel
 from tutelage.data.prepare import Dropped, Job, RawRow, raw_row
 from tutelage.data.sources import read_source
-from tutelage.recipe.tables import Data, DataSource
+from tutelage.recipe.curation import Data, DataSource
 
 
 def run(config: Data, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[str, int]:

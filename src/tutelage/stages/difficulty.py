@@ -30,7 +30,7 @@ from tutelage.engines.sampler import TransformersSampler
 from tutelage.engines.scorer import TransformersScorer
 from tutelage.evals.graders import grade
 from tutelage.models.load import Loaded, load_for_inference
-from tutelage.recipe.tables import Difficulty
+from tutelage.recipe.curation import Difficulty
 from tutelage.records import CONVERSATIONS, RowFiles, prompt_messages, write_rows
 from tutelage.text.chat import PREFIX, ChatFormat, Message, mode_of
 

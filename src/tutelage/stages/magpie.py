@@ -14,7 +14,7 @@ from tutelage.core.shards import Shard, run_shards
 from tutelage.engines.base import Completion, SamplingParams
 from tutelage.engines.sampler import TransformersSampler
 from tutelage.models.load import load_for_inference
-from tutelage.recipe.tables import Magpie
+from tutelage.recipe.curation import Magpie
 from tutelage.records import CONVERSATIONS, write_rows
 from tutelage.text.chat import ChatFormat
 

@@ -13,7 +13,8 @@ from tutelage.data.rows import conversation
 from tutelage.data.sources import UnreadableRow, read_source
 from tutelage.models.load import Loaded, load_for_training, save_student
 from tutelage.models.prune import check_keep, layers_of, prune_layers, prune_least_influential
-from tutelage.recipe.tables import DataSource, Prune
+from tutelage.recipe.curation import DataSource
+from tutelage.recipe.tables import Prune
 from tutelage.text.chat import ChatFormat
 
 CALIBRATION = DataSource(source="bundled:prompts")

@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 
 from tutelage.core.errors import RecipeError
-from tutelage.recipe.tables import CurriculumStage, Mode
+from tutelage.recipe.base import Mode
+from tutelage.recipe.tables import CurriculumStage
 
 Pacing = Literal["linear", "root", "step"]
 
