@@ -165,7 +165,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_to_be_accepted(
     def full(*_: object, **__: object) -> None:  # a fake: the fault is injected
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("tutelage.stages.data.write_rows", full)
+    monkeypatch.setattr("tutelage.data.funnel.write", full)
     line = refused("run", recipe, "--until", "prompts")
     assert "step 'prompts': the disk is full" in line
     assert not list((tmp_path / "store/artifacts/data").glob("*/manifest.json"))
