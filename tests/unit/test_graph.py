@@ -100,7 +100,7 @@ def test_a_report_reads_everything_behind_the_steps_it_names(tmp_path: Path) -> 
         ('data = "rows"', 'data = ["rows", "zzz"]',
          "steps.tuned.data: no step or model 'zzz'; known"),
         ('targets = "targets"', 'targets = "rows"',
-         "steps.distilled.targets: needs targets (a score or convert step), but 'rows' is of stage data"),
+         "steps.distilled.targets: needs targets (a score or convert step), but 'rows' is"),
         ('rollouts = "answers"', 'rollouts = "m"',
          "steps.targets.rollouts: needs a rollout step, but 'm' is a model"),
         ('teacher = "m"', 'teacher = "answers"',

@@ -1,14 +1,12 @@
 """How near an answer is to a reference, and whether it loops: text and ids only, no model."""
 
-import unicodedata
 from collections.abc import Sequence
-from functools import lru_cache
 
 from rapidfuzz.distance import LCSseq
 
+from tutelage.text.words import split
+
 LOOP_NGRAM = 4
-UNSPACED = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
-"""First words of the Unicode names of letters of scripts that put no space between words."""
 
 
 def rouge_l(answer: str, reference: str) -> float:
@@ -28,22 +26,9 @@ def rouge_l(answer: str, reference: str) -> float:
 def rouge_tokens(text: str) -> list[str]:
     """Words of spaced scripts; single characters of Chinese, Japanese, Thai and their like.
 
-    After NFKC and case folding, a word is a run of letters, digits and their combining marks (so
-    that vowel signs do not cut Hindi words); everything else only separates.
+    Without case, layout and punctuation; see `text.words.split`.
     """
-    tokens: list[str] = []
-    previous = "separator"
-    for char in unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()):
-        kind = _kind(char)
-        if kind == "mark" and previous != "separator":
-            tokens[-1] += char  # belongs to the letter before it, whose kind goes on
-            continue
-        if kind == "letter" and previous == "letter":
-            tokens[-1] += char
-        elif kind in ("letter", "unspaced"):
-            tokens.append(char)
-        previous = "separator" if kind == "mark" else kind
-    return tokens
+    return split([text], signs=False).of(0)
 
 
 def repeated_share(ids: Sequence[int], *, n: int = LOOP_NGRAM) -> float:
@@ -59,13 +44,3 @@ def repeated_share(ids: Sequence[int], *, n: int = LOOP_NGRAM) -> float:
 def answer_length(response_ids: Sequence[int], *, finish_reason: str) -> int:
     """Tokens of an answer as a reader counts them: without the stop token that ended it."""
     return len(response_ids) - (finish_reason == "stop")
-
-
-@lru_cache(maxsize=65536)
-def _kind(char: str) -> str:
-    category = unicodedata.category(char)[0]
-    if category == "M":
-        return "mark"
-    if category not in "LN":
-        return "separator"
-    return "unspaced" if unicodedata.name(char, "").startswith(UNSPACED) else "letter"
