@@ -1,7 +1,6 @@
 """How stock refusals begin, in six languages: patterns to be matched at an answer's start.
 
-Kept apart from the filter that uses them, since they are data: a phrase or a language more is a line
-here.
+Apart from the filter, since they are data: a phrase or a language more is a line here.
 """
 
 import re
