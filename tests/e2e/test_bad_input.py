@@ -4,11 +4,18 @@ import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import write_model, write_recipe
 
+from tutelage import pipeline
 from tutelage.cli.app import main
+from tutelage.core.progress import Reporter
+from tutelage.recipe.load import load
+from tutelage.records import read_rows
+from tutelage.stages import data as data_stage
+from tutelage.store import Store
 
 Run = Callable[..., str]
 DATA = """
@@ -169,3 +176,52 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_to_be_accepted(
     line = refused("run", recipe, "--until", "prompts")
     assert "step 'prompts': the disk is full" in line
     assert not list((tmp_path / "store/artifacts/data").glob("*/manifest.json"))
+
+
+def test_a_source_that_changes_while_it_is_read_is_not_taken(
+    refused: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its result would lie for ever under the identity of what was there before."""
+    path = data_recipe(tmp_path, recipe, b'{"prompt": "a"}\n{"prompt": "b"}\n')
+    whole = data_stage.run
+
+    def changing(*arguments: Any) -> Any:
+        found = whole(*arguments)
+        with (tmp_path / "rows.jsonl").open("ab") as stream:
+            stream.write(b'{"prompt": "c"}\n')
+        return found
+
+    monkeypatch.setattr("tutelage.stages.data.run", changing)
+    line = refused("run", path, "--until", "rows")
+    assert "step 'rows': a source changed while it was read" in line
+    assert not list((tmp_path / "store/artifacts/data").glob("*/manifest.json"))
+
+
+def test_rows_with_a_byte_order_mark_nul_bytes_huge_text_and_other_columns_are_told_apart(
+    recipe: Path, tmp_path: Path
+) -> None:
+    rows = [
+        b'\xef\xbb\xbf{"prompt": "with a mark"}',
+        json.dumps({"prompt": "nul \u0000 inside"}).encode(),
+        json.dumps({"prompt": "x " * 2_000_000}).encode(),
+        json.dumps({"question": "another schema"}).encode(),
+        json.dumps({"messages": [{"role": "user", "content": "messages"}]}).encode(),
+        b'{"prompt": 3.5}',
+        b'{"id": 7, "neither": "prompt nor messages"}',
+    ]
+    more = 'max_bad_share = 0.2\nfilters = [{ name = "encoding" }, { name = "repetition" }]'
+    path = data_recipe(tmp_path, recipe, b"\n".join(rows) + b"\n", more)
+    store, quiet = Store(tmp_path / "store"), Reporter(quiet=True)
+    pipeline.run(load(path), store, until="rows", reporter=quiet)
+    (folder,) = (tmp_path / "store/artifacts/data").glob("*")
+    kept = [row["messages"][0]["content"] for row in read_rows([folder / "conversations.parquet"])]
+    assert sorted(kept) == ["3.5", "another schema", "messages", "with a mark"]
+    aside = {
+        path.stem: [json.loads(line)["place"] for line in path.read_text().splitlines()]
+        for path in (folder / "quarantine").glob("*.jsonl")
+    }
+    assert aside == {
+        "encoding": ["rows.jsonl:2"],
+        "repetition": ["rows.jsonl:3"],
+        "unreadable": ["rows.jsonl:7"],
+    }
