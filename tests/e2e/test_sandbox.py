@@ -102,7 +102,7 @@ ESCAPERS = {
     "reads_secrets": """
         import os, pathlib, sys
         def tries():
-            paths = ['/etc/shadow', '/etc/passwd', '/root/.bashrc', '/var', '/sys', HERE,
+            paths = ['/etc/shadow', '/etc/passwd', '/var', '/sys', HERE,
                      '/proc/1/environ', '/proc/self/environ', '/proc/self/maps', '/run', '/boot']
             return [p for p in paths if os.path.exists(p)] + os.listdir('/tmp')""".replace(
         "HERE", repr(__file__)
