@@ -18,17 +18,9 @@ from tutelage.models.source import locate
 from tutelage.pipeline import Planned
 from tutelage.recipe.base import Step
 from tutelage.recipe.curation import Curate, Data, Difficulty, Funnel, Magpie
-from tutelage.recipe.tables import (
-    Distill,
-    Evaluate,
-    Export,
-    ModelSource,
-    Prune,
-    Rollout,
-    Score,
-    Sft,
-    Synthesize,
-)
+from tutelage.recipe.evaluation import Evaluate
+from tutelage.recipe.tables import Export, ModelSource, Prune, Rollout, Score, Synthesize
+from tutelage.recipe.training import Distill, Sft
 from tutelage.store import Store
 from tutelage.train.curriculum_forecast import (
     ANY_MODE,

@@ -70,6 +70,27 @@ ANSWERS = pa.schema(
     ]
 )
 
+VERDICTS = pa.schema(
+    [
+        pa.field("model", pa.string(), nullable=False),  # fingerprint of the model's artifact
+        pa.field("test", pa.string(), nullable=False),  # the data step's or the task's name
+        pa.field("item", pa.string(), nullable=False),
+        pa.field("language", pa.string()),
+        pa.field("mode", pa.string(), nullable=False),
+        pa.field("temperature", pa.float64(), nullable=False),
+        pa.field("sample", pa.int32(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("thinking", pa.string()),
+        pa.field("answer", pa.string(), nullable=False),
+        pa.field("gold", pa.string()),
+        pa.field("correct", pa.float64(), nullable=False),  # 0 or 1, or a measure in between
+        pa.field("reason", pa.string(), nullable=False),  # why it was judged so
+        pa.field("tokens", pa.int32(), nullable=False),  # decoded, chain included
+        pa.field("finish_reason", pa.string(), nullable=False),  # stop, length, or choice: none
+    ]
+)
+"""One graded answer a row: what evaluation and ablation count."""
+
 ROW_GROUP_ROWS = 4096
 
 

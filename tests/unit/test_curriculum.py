@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tutelage.core.errors import RecipeError
 from tutelage.recipe.base import Mode
-from tutelage.recipe.tables import CurriculumStage, Sft
+from tutelage.recipe.training import CurriculumStage, Sft
 from tutelage.records import CONVERSATIONS, write_rows
 from tutelage.train.curriculum import (
     BANDS,

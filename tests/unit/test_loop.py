@@ -13,7 +13,7 @@ from tutelage.core.artifact import WorkDir
 from tutelage.core.errors import EngineError
 from tutelage.core.progress import Reporter
 from tutelage.models.load import BackboneAndHead, load_model, load_tokenizer
-from tutelage.recipe.tables import Sft
+from tutelage.recipe.training import Sft
 from tutelage.text.chat import ChatFormat
 from tutelage.train import checkpoint
 from tutelage.train.batches import Example, PackedRow, pack, plan_steps

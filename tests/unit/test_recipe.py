@@ -10,7 +10,8 @@ import pytest
 from tutelage.core.errors import RecipeError
 from tutelage.recipe.curation import Data
 from tutelage.recipe.load import Variant, load
-from tutelage.recipe.tables import Distill, Rollout, Score, Sft, references, settings
+from tutelage.recipe.tables import Rollout, Score, references, settings
+from tutelage.recipe.training import Distill, Sft
 
 RECIPE = """
 name = "r"

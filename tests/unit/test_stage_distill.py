@@ -20,7 +20,7 @@ from tutelage.core.errors import ArtifactError, DataError, RecipeError
 from tutelage.core.progress import Reporter
 from tutelage.models.load import BackboneAndHead, load_tokenizer
 from tutelage.recipe.load import parse
-from tutelage.recipe.tables import Distill
+from tutelage.recipe.training import Distill
 from tutelage.records import CONVERSATIONS, write_rows
 from tutelage.stages import distill
 from tutelage.targets import reader as reader_module

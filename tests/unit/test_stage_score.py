@@ -19,7 +19,8 @@ from tutelage.core.errors import DataError, EngineError, RecipeError
 from tutelage.core.progress import Reporter
 from tutelage.models.load import load_model
 from tutelage.recipe.load import parse
-from tutelage.recipe.tables import Distill, Score
+from tutelage.recipe.tables import Score
+from tutelage.recipe.training import Distill
 from tutelage.records import ROLLOUTS, write_rows
 from tutelage.stages import score
 from tutelage.targets.calibrate import HEAD_BYTES, TAIL_BYTES, TOKEN_BYTES

@@ -20,7 +20,7 @@ from tutelage.core.errors import DataError, RecipeError
 from tutelage.core.progress import Reporter
 from tutelage.estimate import estimate
 from tutelage.recipe.load import load
-from tutelage.recipe.tables import Sft
+from tutelage.recipe.training import Sft
 from tutelage.records import CONVERSATIONS, write_rows
 from tutelage.stages import sft
 from tutelage.store import Store

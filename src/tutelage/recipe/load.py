@@ -131,6 +131,9 @@ def _parse(raw: dict[str, Any], place: str) -> Recipe:
     if isinstance(steps, dict):
         seed = raw.get("seed", 0)
         raw = {**raw, "steps": {name: _seeded(step, seed) for name, step in steps.items()}}
+    models = raw.get("models")
+    if isinstance(models, dict):
+        raw = {**raw, "models": {n: _seeded_new(m, raw.get("seed", 0)) for n, m in models.items()}}
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -143,6 +146,13 @@ def _seeded(step: Any, seed: Any) -> Any:
         return step
     kind = STEP_TYPES.get(str(step.get("stage", "")))
     return {**step, "seed": seed} if kind and "seed" in kind.model_fields else step
+
+
+def _seeded_new(model: Any, seed: Any) -> Any:
+    """A new model's weights are drawn from the recipe's seed too."""
+    if not isinstance(model, dict) or not isinstance(model.get("new"), dict):
+        return model
+    return {**model, "new": {"seed": seed, **model["new"]}}
 
 
 def _explain(error: ValidationError) -> str:

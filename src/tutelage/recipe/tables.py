@@ -19,12 +19,12 @@ from tutelage.recipe.base import (
     Reads,
     RolloutsRef,
     Seed,
-    Share,
     Step,
     Table,
-    TargetsRef,
 )
 from tutelage.recipe.curation import Curate, Data, Difficulty, Magpie
+from tutelage.recipe.evaluation import Ablation, Evaluate
+from tutelage.recipe.training import Distill, Online, Sft
 
 ESTIMATOR_SETTINGS = {"threshold": ("tau", "budget", "budget_unit"), "fixed": ("head", "draws")}
 
@@ -32,6 +32,11 @@ ESTIMATOR_SETTINGS = {"threshold": ("tau", "budget", "budget_unit"), "fixed": ("
 class Runtime(Table):
     """Where and how fast; never part of an artifact's identity."""
 
+    jobs: PositiveInt = 1
+    """Steps made at a time, each in a process of its own with `threads` threads (0: its share)."""
+    sandbox: Literal["bubblewrap", "none"] = "bubblewrap"
+    """Where generated programs run. `none` runs them as you, on this machine: `run` then wants
+    `--allow-unsandboxed` too."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read and filter rows; 0 takes one a core."""
     device: Literal["auto", "cpu", "cuda", "npu", "mps"] = "auto"
@@ -39,11 +44,46 @@ class Runtime(Table):
     """CPU threads of a process; 0 takes what the machine offers."""
 
 
+class NewModel(Table):
+    """A model with random weights and a tokenizer of its own, for a lab. Llama's architecture."""
+
+    layers: PositiveInt = 2
+    hidden_size: PositiveInt = 64
+    heads: PositiveInt = 2
+    kv_heads: Annotated[int, Field(ge=0)] = 0
+    """Key and value heads; 0: as many as heads."""
+    intermediate_size: Annotated[int, Field(ge=0)] = 0
+    """Width of the feed-forward layers; 0: 8/3 of hidden_size, up to a multiple of 8."""
+    max_positions: PositiveInt = 1024
+    tie_embeddings: bool = True
+    tokenizer: Literal["characters", "words", "bpe"] = "bpe"
+    """What is trained on `data`: every character it holds, every word and sign, or byte pairs."""
+    vocab_size: PositiveInt = 512
+    """Most entries, special ones included."""
+    data: tuple[ConversationsRef, ...] = ()
+    """Text for the tokenizer; models that shall share ids name the same data and settings."""
+    tokenizer_of: ModelRef = ""
+    """Instead of training one: the tokenizer of this model."""
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _one_tokenizer(self) -> "NewModel":
+        if bool(self.data) == bool(self.tokenizer_of):
+            raise ValueError("give data to train a tokenizer on, or tokenizer_of, a model's")
+        if self.hidden_size % self.heads or self.heads % (self.kv_heads or self.heads):
+            raise ValueError("hidden_size must be a multiple of heads, and heads of kv_heads")
+        if (self.hidden_size // self.heads) % 2:
+            raise ValueError("hidden_size / heads must be even, for rotary positions")
+        return self
+
+
 class ModelSource(Table):
     """A model from outside: where it is, and how it is cut before training."""
 
     source: str
-    """`bundled:NAME`, a Hub id `owner/name`, a directory, or a `.gguf` file."""
+    """`bundled:NAME`, a Hub id `owner/name`, a directory, a `.gguf` file, or `new`."""
+    new: NewModel | None = None
+    """With `source = "new"`: what the model is like."""
     revision: str = ""
     """Branch, tag or commit on the Hub; a commit makes the recipe repeatable."""
     drop_layers: Annotated[int, Field(ge=0)] = 0
@@ -54,6 +94,10 @@ class ModelSource(Table):
 
     @model_validator(mode="after")
     def _one_cut_and_a_pinned_code(self) -> "ModelSource":
+        if (self.source == "new") != (self.new is not None):
+            raise ValueError('source = "new" and the table new go together')
+        if self.new and self.is_pruned:
+            raise ValueError("a new model is not pruned: give it fewer layers")
         if self.drop_layers and self.keep_layers:
             raise ValueError("drop_layers and keep_layers exclude each other: give one")
         if self.trust_remote_code and not self.revision:
@@ -64,6 +108,13 @@ class ModelSource(Table):
     def is_pruned(self) -> bool:
         """Whether layers are removed."""
         return bool(self.drop_layers or self.keep_layers)
+
+
+class New(NewModel, Step):
+    """Such a model as a step. Made from `[models.*]` with `source = "new"`; rarely by hand."""
+
+    produces: ClassVar[str] = "model"
+    stage: Literal["new"]
 
 
 class Prune(Step):
@@ -178,146 +229,6 @@ class Convert(Step):
     shard_rows: PositiveInt = 64
 
 
-class Training(Step):
-    """Settings of the one training loop, shared by `sft` and `distill`."""
-
-    produces: ClassVar[str] = "model"
-    model: ModelRef
-    lr: Annotated[float, Field(gt=0)] = 1e-5
-    min_lr_share: Share = 0.1
-    """Cosine schedule down to this share of `lr`."""
-    warmup_share: Share = 0.05
-    epochs: PositiveInt = 1
-    max_steps: Annotated[int, Field(ge=0)] = 0
-    """Stop after so many optimizer steps; 0 runs all epochs."""
-    batch_tokens: PositiveInt = 4096
-    """Tokens of an optimizer step, prompts included."""
-    pack_tokens: PositiveInt = 2048
-    """Length of a packed row; longer examples are cut at their end."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
-    """Save a checkpoint this often; 0 after every step."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    seed: Seed
-
-
-class CurriculumStage(Table):
-    """A part of an `sft` step's training with one mixture of modes, one rate and one order."""
-
-    mix: dict[Mode, Annotated[float, Field(ge=0)]]
-    """Weight of each mode: `{ reasoning = 3, fast = 1 }` is three to one, in examples."""
-    share: Annotated[float, Field(gt=0, le=1)]
-    """Of the step's examples; the shares of all stages sum to 1."""
-    lr_scale: Annotated[float, Field(gt=0)] = 1.0
-    replay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of this stage's examples that follow the mixtures of the stages before it."""
-    ramp: Share = 0.0
-    """Share of this stage over which its mixture grows from the last one's; 0 switches at once."""
-    order: Literal["random", "easy-first"] = "random"
-    """easy-first needs rows with a difficulty."""
-    pacing: Literal["linear", "root", "step"] = "root"
-    """How harder rows are let in (arXiv 1904.03626)."""
-    start: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """The easiest share of the rows, open from the beginning."""
-
-    @model_validator(mode="after")
-    def _a_mode_to_learn(self) -> "CurriculumStage":
-        if not sum(self.mix.values()):
-            raise ValueError("mix gives no mode a weight")
-        return self
-
-
-class Sft(Training):
-    """Supervised fine-tuning on conversations; several data steps are mixed."""
-
-    stage: Literal["sft"]
-    data: Annotated[tuple[ConversationsRef, ...], Field(min_length=1)]
-    mixture: tuple[Annotated[float, Field(gt=0)], ...] = ()
-    """One weight per data step, as shares of the rows seen: an epoch sees every row of the first
-    step once and as many of the others as their weights ask for. Left out: every row once."""
-    curriculum: tuple[CurriculumStage, ...] = ()
-    """Stages by mode over all rows together, instead of a mixture of data steps; an epoch is as
-    many examples as there are rows."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_name_is_a_list_of_one(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("data"), str):
-            return {**value, "data": [value["data"]]}
-        return value
-
-    @model_validator(mode="after")
-    def _one_way_to_mix(self) -> "Sft":
-        if self.mixture and self.curriculum:
-            raise ValueError("mixture and curriculum exclude each other: give one")
-        if self.curriculum and abs(sum(stage.share for stage in self.curriculum) - 1) > 1e-6:
-            raise ValueError("the shares of the curriculum's stages do not sum to 1")
-        for field in ("replay", "ramp") if self.curriculum else ():
-            if getattr(self.curriculum[0], field):
-                raise ValueError(f"the first stage has none before it to {field} from")
-        return self
-
-    @model_validator(mode="after")
-    def _a_weight_for_each(self) -> "Sft":
-        if self.mixture and len(self.mixture) != len(self.data):
-            raise ValueError(
-                f"mixture has {len(self.mixture)} weights for {len(self.data)} data steps"
-            )
-        return self
-
-
-class Distill(Training):
-    """Training on stored teacher targets: `(1 - lam) * CE + lam * KD` (arXiv 2509.26497)."""
-
-    version: ClassVar[int] = 2
-    stage: Literal["distill"]
-    targets: TargetsRef
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew", "policy_gradient"] = "forward_kl"
-    outside: Literal["auto", "unbiased", "bucket", "truncated", "renormalised"] = "auto"
-    """Treatment of ids outside the head; auto is unbiased for forward_kl, bucket otherwise."""
-    reverse_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of a bucketed reverse KL mixed in; 0.25 helps small students when sampling."""
-    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """The teacher's weight in `jsd`."""
-    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """The teacher's weight in the mixture of `skew`."""
-    lam: Share = 0.9
-    ce_on: Literal["rollout", "teacher", "none"] = "rollout"
-    """Which label the cross-entropy learns: the student's own sampled token, the next token of
-    `text`, or none (then lam = 1)."""
-    text: ConversationsRef = ""
-    """With `ce_on = "teacher"`: the teacher's own answers, one seen with every rollout."""
-    first_tokens: Annotated[int, Field(ge=0)] = 0
-    """Train only on so many first tokens of an answer; 0 takes all (arXiv 2606.22600)."""
-    first_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Train only on this first share of an answer."""
-
-    @model_validator(mode="after")
-    def _text_for_its_label(self) -> "Distill":
-        if (self.ce_on == "teacher") != bool(self.text):
-            raise ValueError(
-                'ce_on = "teacher" and text go together: text names the step with its answers'
-            )
-        return self
-
-
-class Evaluate(Step):
-    """Models against their teacher on held-out prompts, every figure with an interval."""
-
-    produces: ClassVar[str] = "scores"
-    stage: Literal["evaluate"]
-    models: Annotated[tuple[ModelRef, ...], Field(min_length=1)]
-    teacher: ModelRef
-    prompts: ConversationsRef
-    mode: Mode = "fast"
-    max_tokens: PositiveInt = 256
-    batch_rows: PositiveInt = 32
-    bootstrap: PositiveInt = 2000
-    """Resamples of the held-out prompts behind an interval."""
-    seed: Seed
-
-
 class Export(Step):
     """Files for the edge, run in their own runtime before they are called done."""
 
@@ -353,14 +264,17 @@ AnyStep = Annotated[
     | Difficulty
     | Magpie
     | Synthesize
+    | New
     | Sft
     | Rollout
     | Score
     | Convert
     | Distill
+    | Online
     | Evaluate
     | Export
-    | Report,
+    | Report
+    | Ablation,
     Field(discriminator="stage"),
 ]
 STEP_TYPES: dict[str, type[Step]] = {

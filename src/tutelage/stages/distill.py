@@ -8,7 +8,7 @@ import numpy as np
 from tutelage.core.artifact import Artifact, WorkDir
 from tutelage.core.errors import DataError
 from tutelage.models.load import load_for_training, save_student
-from tutelage.recipe.tables import Distill
+from tutelage.recipe.training import Distill
 from tutelage.targets.reader import TargetReader
 from tutelage.targets.schema import TargetRow, TokenTargets, check_compatible
 from tutelage.text.chat import ChatFormat

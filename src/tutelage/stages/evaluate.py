@@ -31,7 +31,7 @@ from tutelage.evals.compare import (
 from tutelage.evals.stats import Interval, paired_difference, ratio_interval, wilson
 from tutelage.evals.textmatch import answer_length, rouge_l
 from tutelage.models.load import Loaded, load_for_inference
-from tutelage.recipe.tables import Evaluate
+from tutelage.recipe.evaluation import Evaluate
 from tutelage.records import ANSWERS, prompt_messages, read_rows, write_rows
 from tutelage.text.chat import ChatFormat
 

@@ -8,7 +8,7 @@ from tutelage.core.artifact import Artifact, WorkDir, several
 from tutelage.core.errors import DataError
 from tutelage.core.files import write_json
 from tutelage.models.load import load_for_training, save_student
-from tutelage.recipe.tables import Sft
+from tutelage.recipe.training import Sft
 from tutelage.text.chat import ChatFormat
 from tutelage.train import curriculum, curriculum_summary
 from tutelage.train.batches import epoch_order, mixed_order, plan_steps

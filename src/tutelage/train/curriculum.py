@@ -16,7 +16,7 @@ import numpy as np
 
 from tutelage.core.errors import RecipeError
 from tutelage.recipe.base import Mode
-from tutelage.recipe.tables import CurriculumStage
+from tutelage.recipe.training import CurriculumStage
 
 Pacing = Literal["linear", "root", "step"]
 

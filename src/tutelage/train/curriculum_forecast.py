@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tutelage.recipe.tables import CurriculumStage
+from tutelage.recipe.training import CurriculumStage
 from tutelage.train.curriculum import mode_shares
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from tutelage.core.artifact import WorkDir
 from tutelage.core.errors import EngineError
 from tutelage.core.progress import Bar
 from tutelage.models.load import BackboneAndHead, backbone_and_head
-from tutelage.recipe.tables import Training
+from tutelage.recipe.training import Training
 from tutelage.train import checkpoint, optim
 from tutelage.train.batches import Example, PackedRow, pack
 

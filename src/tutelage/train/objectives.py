@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tutelage.core.errors import RecipeError
 from tutelage.models.load import BackboneAndHead
-from tutelage.recipe.tables import Distill
+from tutelage.recipe.training import Distill
 from tutelage.targets.batch import pad_targets
 from tutelage.targets.schema import StoreMeta, TokenTargets
 from tutelage.train.batches import PackedRow

@@ -1,0 +1,171 @@
+"""The tables of training: `sft`, `distill`, `online`, and what they share."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from tutelage.recipe.base import (
+    ConversationsRef,
+    Mode,
+    ModelRef,
+    PositiveInt,
+    Seed,
+    Share,
+    Step,
+    Table,
+    TargetsRef,
+)
+
+
+class Training(Step):
+    """Settings of the one training loop, shared by `sft` and `distill`."""
+
+    produces: ClassVar[str] = "model"
+    model: ModelRef
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    min_lr_share: Share = 0.1
+    """Cosine schedule down to this share of `lr`."""
+    warmup_share: Share = 0.05
+    epochs: PositiveInt = 1
+    max_steps: Annotated[int, Field(ge=0)] = 0
+    """Stop after so many optimizer steps; 0 runs all epochs."""
+    batch_tokens: PositiveInt = 4096
+    """Tokens of an optimizer step, prompts included."""
+    pack_tokens: PositiveInt = 2048
+    """Length of a packed row; longer examples are cut at their end."""
+    rows_together: PositiveInt = 1
+    """Packed rows in one forward pass, padded to the longest: many short rows for a tiny model,
+    whose step is all overhead, one long row for a large one."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
+    """Save a checkpoint this often; 0 after every step."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    seed: Seed
+
+
+class CurriculumStage(Table):
+    """A part of an `sft` step's training with one mixture of modes, one rate and one order."""
+
+    mix: dict[Mode, Annotated[float, Field(ge=0)]]
+    """Weight of each mode: `{ reasoning = 3, fast = 1 }` is three to one, in examples."""
+    share: Annotated[float, Field(gt=0, le=1)]
+    """Of the step's examples; the shares of all stages sum to 1."""
+    lr_scale: Annotated[float, Field(gt=0)] = 1.0
+    replay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of this stage's examples that follow the mixtures of the stages before it."""
+    ramp: Share = 0.0
+    """Share of this stage over which its mixture grows from the last one's; 0 switches at once."""
+    order: Literal["random", "easy-first"] = "random"
+    """easy-first needs rows with a difficulty."""
+    pacing: Literal["linear", "root", "step"] = "root"
+    """How harder rows are let in (arXiv 1904.03626)."""
+    start: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """The easiest share of the rows, open from the beginning."""
+
+    @model_validator(mode="after")
+    def _a_mode_to_learn(self) -> "CurriculumStage":
+        if not sum(self.mix.values()):
+            raise ValueError("mix gives no mode a weight")
+        return self
+
+
+class Sft(Training):
+    """Supervised fine-tuning on conversations; several data steps are mixed."""
+
+    stage: Literal["sft"]
+    data: Annotated[tuple[ConversationsRef, ...], Field(min_length=1)]
+    mixture: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """One weight per data step, as shares of the rows seen: an epoch sees every row of the first
+    step once and as many of the others as their weights ask for. Left out: every row once."""
+    curriculum: tuple[CurriculumStage, ...] = ()
+    """Stages by mode over all rows together, instead of a mixture of data steps; an epoch is as
+    many examples as there are rows."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name_is_a_list_of_one(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("data"), str):
+            return {**value, "data": [value["data"]]}
+        return value
+
+    @model_validator(mode="after")
+    def _one_way_to_mix(self) -> "Sft":
+        if self.mixture and self.curriculum:
+            raise ValueError("mixture and curriculum exclude each other: give one")
+        if self.curriculum and abs(sum(stage.share for stage in self.curriculum) - 1) > 1e-6:
+            raise ValueError("the shares of the curriculum's stages do not sum to 1")
+        for field in ("replay", "ramp") if self.curriculum else ():
+            if getattr(self.curriculum[0], field):
+                raise ValueError(f"the first stage has none before it to {field} from")
+        return self
+
+    @model_validator(mode="after")
+    def _a_weight_for_each(self) -> "Sft":
+        if self.mixture and len(self.mixture) != len(self.data):
+            raise ValueError(
+                f"mixture has {len(self.mixture)} weights for {len(self.data)} data steps"
+            )
+        return self
+
+
+class Objective(Table):
+    """The loss on a teacher's targets: `(1 - lam) * CE + lam * KD` (arXiv 2509.26497)."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew", "policy_gradient"] = "forward_kl"
+    outside: Literal["auto", "unbiased", "bucket", "truncated", "renormalised"] = "auto"
+    """Treatment of ids outside the head; auto is unbiased for forward_kl, bucket otherwise."""
+    reverse_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a bucketed reverse KL mixed in; 0.25 helps small students when sampling."""
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """The teacher's weight in `jsd`."""
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """The teacher's weight in the mixture of `skew`."""
+    lam: Share = 0.9
+
+
+class Distill(Objective, Training):
+    """Training on stored teacher targets: `(1 - lam) * CE + lam * KD` (arXiv 2509.26497)."""
+
+    version: ClassVar[int] = 2
+    stage: Literal["distill"]
+    targets: TargetsRef
+    ce_on: Literal["rollout", "teacher", "none"] = "rollout"
+    """Which label the cross-entropy learns: the student's own sampled token, the next token of
+    `text`, or none (then lam = 1)."""
+    text: ConversationsRef = ""
+    """With `ce_on = "teacher"`: the teacher's own answers, one seen with every rollout."""
+    first_tokens: Annotated[int, Field(ge=0)] = 0
+    """Train only on so many first tokens of an answer; 0 takes all (arXiv 2606.22600)."""
+    first_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Train only on this first share of an answer."""
+
+    @model_validator(mode="after")
+    def _text_for_its_label(self) -> "Distill":
+        if (self.ce_on == "teacher") != bool(self.text):
+            raise ValueError(
+                'ce_on = "teacher" and text go together: text names the step with its answers'
+            )
+        return self
+
+
+class Online(Objective, Training):
+    """Distillation with fresh answers for every step: the yardstick of the offline way.
+
+    The student of the moment answers, the teacher scores, one optimizer step follows. It pays for
+    sampling in every step and repeats nothing from disk; `distill` is the product.
+    """
+
+    stage: Literal["online"]
+    teacher: ModelRef
+    prompts: ConversationsRef
+    mode: Mode
+    max_tokens: PositiveInt = 512
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    prompts_a_step: PositiveInt = 16
+    """Prompts answered for one optimizer step; `batch_tokens` plays no part."""
+    samples: PositiveInt = 1
+    """Answers a prompt."""
+    tau: Annotated[float, Field(gt=0, le=1)] = 0.02
+    """Threshold of the sparse target, as in `score`."""
+    ce_on: Literal["rollout", "none"] = "rollout"
