@@ -16,8 +16,8 @@ from tutelage.models.load import BackboneAndHead, load_model, load_tokenizer
 from tutelage.recipe.training import Sft
 from tutelage.text.chat import ChatFormat
 from tutelage.train import checkpoint
-from tutelage.train.batches import Example, PackedRow, pack, plan_steps
-from tutelage.train.loop import Plan, RowLoss, StepStage, Trainee, train
+from tutelage.train.batches import Example, PackedBatch, pack, plan_steps, stack
+from tutelage.train.loop import BatchLoss, Plan, StepStage, Trainee, train
 from tutelage.train.objectives import CrossEntropy
 
 CONVERSATIONS = [
@@ -44,9 +44,9 @@ class Recorded(CrossEntropy):
     def __init__(self) -> None:
         self.labels: list[list[int]] = []
 
-    def __call__(self, hidden_ND: Tensor, head: BackboneAndHead, row: PackedRow) -> RowLoss:
-        self.labels.append(row.labels_N.tolist())
-        return super().__call__(hidden_ND, head, row)
+    def __call__(self, hidden_ND: Tensor, head: BackboneAndHead, batch: PackedBatch) -> BatchLoss:
+        self.labels.append(batch.labels_N.tolist())
+        return super().__call__(hidden_ND, head, batch)
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +86,18 @@ def test_prompt_tokens_never_reach_the_loss(
     assert load_tokenizer(folder).decode(labels) == wanted
 
 
-def test_a_packed_row_has_the_loss_of_its_examples_alone(
-    folder: Path, examples: list[Example]
+@pytest.mark.parametrize("side_by_side", [False, True], ids=["one row", "rows padded together"])
+def test_examples_together_have_the_loss_and_gradient_of_each_alone(
+    folder: Path, examples: list[Example], side_by_side: bool
 ) -> None:
     model = load_model(folder, dtype="float32", device=CPU)
     trainee = Trainee(model, CrossEntropy())
-    packed = trainee(pack(examples, [0, 1]), CPU).loss_sum
+    rows = [[0], [1]] if side_by_side else [[0, 1]]
+    packed = trainee(stack([pack([examples[i] for i in row], row) for row in rows]), CPU).loss_sum
     packed.backward()
     together = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    alone = sum(trainee(pack([e], [i]), CPU).loss_sum for i, e in enumerate(examples))
+    alone = sum(trainee(stack([pack([e], [i])]), CPU).loss_sum for i, e in enumerate(examples))
     assert isinstance(alone, Tensor)
     alone.backward()
     assert packed.item() == pytest.approx(alone.item(), rel=1e-5)
@@ -108,12 +110,12 @@ def test_one_example_does_not_see_the_one_before_it(folder: Path, examples: list
     other = Example(examples[0].ids_L[::-1].copy(), examples[0].mask_L)
     hidden: list[Tensor] = []
 
-    def keep(hidden_ND: Tensor, head: BackboneAndHead, row: PackedRow) -> RowLoss:
-        hidden.append(hidden_ND[-row.counts[-1] :].detach())
-        return CrossEntropy()(hidden_ND, head, row)
+    def keep(hidden_ND: Tensor, head: BackboneAndHead, batch: PackedBatch) -> BatchLoss:
+        hidden.append(hidden_ND[-batch.counts[-1] :].detach())
+        return CrossEntropy()(hidden_ND, head, batch)
 
     for first in (examples[0], other):
-        Trainee(model, keep)(pack([first, examples[1]], [0, 1]), CPU)
+        Trainee(model, keep)(stack([pack([first, examples[1]], [0, 1])]), CPU)
     torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-5, atol=1e-6)
 
 

@@ -31,7 +31,7 @@ from tutelage.targets.schema import StoreMeta, TargetRow, TokenTargets
 from tutelage.targets.writer import write_shard
 from tutelage.text.chat import ChatFormat
 from tutelage.text.tokenizer import tokenizer_digest
-from tutelage.train.batches import PackedRow
+from tutelage.train.batches import PackedBatch
 from tutelage.train.loop import Plan
 from tutelage.train.objectives import Distillation
 from tutelage.train.spec import LossSpec, Term
@@ -347,9 +347,9 @@ def dense_q(targets: TokenTargets) -> Tensor:
     return q_NV
 
 
-def packed(labels: Sequence[int], examples: Sequence[int], counts: Sequence[int]) -> PackedRow:
+def packed(labels: Sequence[int], examples: Sequence[int], counts: Sequence[int]) -> PackedBatch:
     none = np.zeros(0, np.int64)
-    return PackedRow(none, none, none, np.array(labels), tuple(examples), tuple(counts))
+    return PackedBatch(none, none, none, np.array(labels), tuple(examples), tuple(counts))
 
 
 def sampled(estimator: str, count: int) -> TokenTargets:

@@ -109,7 +109,7 @@ class Sft(Training):
         return self
 
 
-class Objective(Table):
+class TeacherLoss(Table):
     """The loss on a teacher's targets: `(1 - lam) * CE + lam * KD` (arXiv 2509.26497)."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew", "policy_gradient"] = "forward_kl"
@@ -122,17 +122,17 @@ class Objective(Table):
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """The teacher's weight in the mixture of `skew`."""
     lam: Share = 0.9
+    ce_on: Literal["rollout", "teacher", "none"] = "rollout"
+    """Which label the cross-entropy learns: the student's own sampled token, the next token of
+    `text`, or none (then lam = 1)."""
 
 
-class Distill(Objective, Training):
+class Distill(TeacherLoss, Training):
     """Training on stored teacher targets: `(1 - lam) * CE + lam * KD` (arXiv 2509.26497)."""
 
     version: ClassVar[int] = 2
     stage: Literal["distill"]
     targets: TargetsRef
-    ce_on: Literal["rollout", "teacher", "none"] = "rollout"
-    """Which label the cross-entropy learns: the student's own sampled token, the next token of
-    `text`, or none (then lam = 1)."""
     text: ConversationsRef = ""
     """With `ce_on = "teacher"`: the teacher's own answers, one seen with every rollout."""
     first_tokens: Annotated[int, Field(ge=0)] = 0
@@ -149,7 +149,7 @@ class Distill(Objective, Training):
         return self
 
 
-class Online(Objective, Training):
+class Online(TeacherLoss, Training):
     """Distillation with fresh answers for every step: the yardstick of the offline way.
 
     The student of the moment answers, the teacher scores, one optimizer step follows. It pays for
@@ -168,4 +168,10 @@ class Online(Objective, Training):
     """Answers a prompt."""
     tau: Annotated[float, Field(gt=0, le=1)] = 0.02
     """Threshold of the sparse target, as in `score`."""
-    ce_on: Literal["rollout", "none"] = "rollout"
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _no_text(self) -> "Online":
+        if self.ce_on == "teacher":
+            raise ValueError("ce_on is rollout or none here: there is no stored text")
+        return self

@@ -57,7 +57,7 @@ def run(config: Distill, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[
     last = train(loaded.model, plan, objective, config, work, device=loaded.device, label="distill")
     save_student(loaded, work.path / "model")
     return {
-        "steps": len(plan.steps[: config.max_steps or None]),
+        **plan.counts(config.max_steps),
         "rows": stored,
         **({"text_rows": len(text)} if text else {}),
         **{name: value for name, value in last.items() if name != "grad_norm"},

@@ -48,7 +48,7 @@ def run(config: Sft, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[str,
     save_student(loaded, work.path / "model")
     return {
         "loss": last["loss"],
-        "steps": len(plan.steps[: config.max_steps or None]),
+        **plan.counts(config.max_steps),
         "rows": len(rows.names),
         "left_out": rows.left_out,
         "reasoning_share": rows.modes.count("reasoning") / len(rows.names),

@@ -1,6 +1,6 @@
 """From examples to optimizer steps: packing, order and positions; knows nothing of losses.
 
-Legend: T tokens of a packed row, N targets of a packed row.
+Legend: T tokens of a packed row, N targets of a packed row or of several, B rows of a batch.
 A row holds several examples end to end; positions restart with each, which is how attention is
 kept from crossing examples. Which examples meet in which step depends on lengths and the seed
 alone, so a resumed run finds the same steps again.
@@ -61,6 +61,40 @@ def pack(examples: Sequence[Example], indices: Sequence[int]) -> PackedRow:
         examples=tuple(indices),
         counts=tuple(len(targets) for targets in labels),
     )
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Packed rows side by side, padded at their end to the longest."""
+
+    ids_BT: np.ndarray
+    positions_BT: np.ndarray
+    """Padding goes on counting, so that it looks like the row's last example going on."""
+    source_N: np.ndarray
+    """Index in the flattened [B * T] hidden states that predicts each target."""
+    labels_N: np.ndarray
+    examples: tuple[int, ...]
+    counts: tuple[int, ...]
+    """Targets of each example, in the same order; they sum to N."""
+
+
+def stack(rows: Sequence[PackedRow]) -> PackedBatch:
+    """Rows as one batch. Causal attention never looks at padding, which stands at the end."""
+    width = max(len(row.ids_T) for row in rows)
+    ids_BT = np.zeros((len(rows), width), np.int64)
+    positions_BT = np.empty((len(rows), width), np.int64)
+    for index, row in enumerate(rows):
+        length = len(row.ids_T)
+        ids_BT[index, :length] = row.ids_T
+        positions_BT[index, :length] = row.positions_T
+        positions_BT[index, length:] = row.positions_T[-1] + 1 + np.arange(width - length)
+    return PackedBatch(
+        ids_BT, positions_BT,
+        source_N=np.concatenate([row.source_N + i * width for i, row in enumerate(rows)]),
+        labels_N=np.concatenate([row.labels_N for row in rows]),
+        examples=tuple(example for row in rows for example in row.examples),
+        counts=tuple(count for row in rows for count in row.counts),
+    )  # fmt: skip
 
 
 def position_budget(length: int, *, first_tokens: int = 0, first_share: float = 1.0) -> int:

@@ -23,20 +23,22 @@ from tutelage.core.progress import Bar
 from tutelage.models.load import BackboneAndHead, backbone_and_head
 from tutelage.recipe.training import Training
 from tutelage.train import checkpoint, optim
-from tutelage.train.batches import Example, PackedRow, pack
+from tutelage.train.batches import Example, PackedBatch, PackedRow, pack, stack
 
 METRICS = "metrics.jsonl"
 
 
 class Objective(Protocol):
-    """A loss over the targets of a packed row."""
+    """A loss over the targets of packed rows."""
 
-    def __call__(self, hidden_ND: Tensor, head: BackboneAndHead, row: PackedRow) -> "RowLoss": ...
+    def __call__(
+        self, hidden_ND: Tensor, head: BackboneAndHead, batch: PackedBatch
+    ) -> "BatchLoss": ...
 
 
 @dataclass(frozen=True)
-class RowLoss:
-    """Summed loss of a row (with gradient), and what is worth logging beside it."""
+class BatchLoss:
+    """Summed loss of rows (with gradient), and what is worth logging beside it."""
 
     loss_sum: Tensor
     sums: Mapping[str, tuple[Tensor, Tensor | int]]
@@ -63,6 +65,8 @@ class Plan:
     steps: Sequence[Sequence[Sequence[int]]]
     stages: Sequence[StepStage] = ()
     """Of each step; empty where there is no curriculum."""
+    notes: Callable[[int], Mapping[str, int]] = lambda number: {}
+    """Counts that the log keeps beside a step's figures, once its examples were loaded."""
 
     def lr_scale(self, number: int) -> float:
         """Factor on the schedule's rate at step `number`."""
@@ -70,7 +74,13 @@ class Plan:
 
     def facts(self, number: int) -> dict[str, int]:
         """What the log says of step `number` beside its figures."""
-        return {"stage": self.stages[number].number} if self.stages else {}
+        stage = {"stage": self.stages[number].number} if self.stages else {}
+        return {**stage, **self.notes(number)}
+
+    def counts(self, max_steps: int) -> dict[str, int]:
+        """Steps and examples of a whole run, for a summary: what a fair comparison must match."""
+        steps = self.steps[: max_steps or None]
+        return {"steps": len(steps), "examples": sum(len(_rows_of(step)) for step in steps)}
 
 
 class Trainee(nn.Module):
@@ -81,17 +91,17 @@ class Trainee(nn.Module):
         self.model = model
         self._objective = objective
 
-    def forward(self, row: PackedRow, device: torch.device) -> RowLoss:
-        """Hidden states of the row, then the objective on those that predict a target."""
+    def forward(self, batch: PackedBatch, device: torch.device) -> BatchLoss:
+        """Hidden states of the rows, then the objective on those that predict a target."""
         head = backbone_and_head(self.model)
         # No attention mask, but positions that restart: transformers derives the block mask.
-        hidden_TD = head.backbone(
-            input_ids=torch.from_numpy(row.ids_T).to(device)[None],
-            position_ids=torch.from_numpy(row.positions_T).to(device)[None],
+        hidden_BTD = head.backbone(
+            input_ids=torch.from_numpy(batch.ids_BT).to(device),
+            position_ids=torch.from_numpy(batch.positions_BT).to(device),
             use_cache=False,
-        ).last_hidden_state[0]
-        hidden_ND = hidden_TD.index_select(0, torch.from_numpy(row.source_N).to(device))
-        return self._objective(hidden_ND, head, row)
+        ).last_hidden_state
+        source_N = torch.from_numpy(batch.source_N).to(device)
+        return self._objective(hidden_BTD.flatten(0, 1).index_select(0, source_N), head, batch)
 
 
 def train(
@@ -152,13 +162,15 @@ def _step(
     """One optimizer step over its packed rows; the loss is divided once, by all its targets."""
     targets = sum(len(row.labels_N) for row in rows)
     sums: dict[str, list[float]] = {}
-    for row in rows:
+    for first in range(0, len(rows), config.rows_together):
+        together = rows[first : first + config.rows_together]
+        batch = stack(together)
         with accelerator.autocast():
-            out = trainee(row, device)
+            out = trainee(batch, device)
         loss = out.loss_sum / max(1, targets)
-        _check_finite(float(loss.detach()), "loss", [row], plan)
+        _check_finite(float(loss.detach()), "loss", together, plan)
         accelerator.backward(loss)
-        logged = {"loss": (out.loss_sum.detach(), len(row.labels_N)), **out.sums}
+        logged = {"loss": (out.loss_sum.detach(), len(batch.labels_N)), **out.sums}
         for name, (value, count) in logged.items():
             total = sums.setdefault(name, [0.0, 0.0])
             total[0] += float(value)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from tutelage.core.errors import RecipeError
 from tutelage.models.load import BackboneAndHead
-from tutelage.recipe.training import Distill
+from tutelage.recipe.training import TeacherLoss
 from tutelage.targets.batch import pad_targets
 from tutelage.targets.schema import StoreMeta, TokenTargets
-from tutelage.train.batches import PackedRow
+from tutelage.train.batches import PackedBatch
 from tutelage.train.fused import fused_loss
-from tutelage.train.loop import RowLoss
+from tutelage.train.loop import BatchLoss
 from tutelage.train.losses import SparseTarget
 from tutelage.train.spec import CROSS_ENTROPY, DEFAULT_TREATMENT, LossSpec, Term
 
@@ -26,14 +26,14 @@ from tutelage.train.spec import CROSS_ENTROPY, DEFAULT_TREATMENT, LossSpec, Term
 class CrossEntropy:
     """SFT: mean negative log-probability of the labels, nats a token."""
 
-    def __call__(self, hidden_ND: Tensor, head: BackboneAndHead, row: PackedRow) -> RowLoss:
+    def __call__(self, hidden_ND: Tensor, head: BackboneAndHead, batch: PackedBatch) -> BatchLoss:
         """Summed over the row's targets."""
-        labels_N = torch.from_numpy(row.labels_N).to(hidden_ND.device)
+        labels_N = torch.from_numpy(batch.labels_N).to(hidden_ND.device)
         out = fused_loss(
             hidden_ND, head.weight_VD, SparseTarget.labels_only(labels_N), CROSS_ENTROPY,
             bias_V=head.bias_V, softcap=head.softcap,
         )  # fmt: skip
-        return RowLoss(out.loss_sum, {})
+        return BatchLoss(out.loss_sum, {})
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Distillation:
     """The targets of an example, of which its first are used, as many as were packed; None for
     text that the teacher wrote."""
 
-    def __call__(self, hidden_ND: Tensor, head: BackboneAndHead, row: PackedRow) -> RowLoss:
+    def __call__(self, hidden_ND: Tensor, head: BackboneAndHead, batch: PackedBatch) -> BatchLoss:
         """Summed over the row's targets, with the parts a person would ask for."""
-        target = self._target(row, hidden_ND.device)
+        target = self._target(batch, hidden_ND.device)
         out = fused_loss(
             hidden_ND, head.weight_VD, target, self.spec, bias_V=head.bias_V, softcap=head.softcap
         )
@@ -64,24 +64,24 @@ class Distillation:
             "forward_kl": (metrics.forward_kl_N.sum(), scored),
             "agreement": (metrics.top1_agree_N.sum(), metrics.top1_known_N.sum()),
         }
-        return RowLoss(out.loss_sum, sums)
+        return BatchLoss(out.loss_sum, sums)
 
-    def _target(self, row: PackedRow, device: torch.device) -> SparseTarget:
-        stored = [self.targets(index) for index in row.examples]
+    def _target(self, batch: PackedBatch, device: torch.device) -> SparseTarget:
+        stored = [self.targets(index) for index in batch.examples]
         tau = next((part.tau for part in stored if part is not None), None)
         padded = pad_targets(
             [
                 TokenTargets.blank(count, tau) if part is None else part.first(count)
-                for part, count in zip(stored, row.counts, strict=True)
+                for part, count in zip(stored, batch.counts, strict=True)
             ]
         )
-        text_N = np.repeat([part is None for part in stored], row.counts)
+        text_N = np.repeat([part is None for part in stored], batch.counts)
         return SparseTarget(
             ids_NK=torch.from_numpy(padded.ids_NK).to(device),
             q_NK=torch.from_numpy(padded.q_NK).to(device),
             head_mask_NK=torch.from_numpy(padded.head_mask_NK).to(device),
             valid_NK=torch.from_numpy(padded.valid_NK).to(device),
-            label_ids_N=torch.from_numpy(row.labels_N).to(device),
+            label_ids_N=torch.from_numpy(batch.labels_N).to(device),
             label_logq_N=torch.from_numpy(padded.label_logq_N).to(device),
             teacher_entropy_N=torch.from_numpy(padded.teacher_entropy_N).to(device),
             temperature=self.temperature,
@@ -91,7 +91,7 @@ class Distillation:
         )
 
 
-def loss_spec(config: Distill, meta: StoreMeta) -> LossSpec:
+def loss_spec(config: TeacherLoss, meta: StoreMeta) -> LossSpec:
     """The recipe's objective, at the temperature the targets were stored at.
 
     Targets without a sampled tail know nothing outside the head: their rest is one bucket.
