@@ -11,6 +11,17 @@ from tutelage.core.progress import Reporter
 from tutelage.records import CONVERSATIONS, write_rows
 from tutelage.store import Store
 
+MIXTURE_THEN_FAST = """
+[[curriculum]]
+mix = { reasoning = 3, fast = 1 }
+share = 0.8
+[[curriculum]]
+mix = { fast = 1 }
+share = 0.2
+lr_scale = 0.5
+"""
+"""Stages of an `sft` step, as TOML; the last one's table is open for more settings."""
+
 
 def conversation(
     number: int, *, asked: Sequence[str] = ("Question?",), said: str = "Answer.",

@@ -14,12 +14,14 @@ from pathlib import Path
 from tutelage.core.artifact import open_artifact
 from tutelage.core.errors import RecipeError
 from tutelage.data.identity import source_files
+from tutelage.graph import Node
+from tutelage.models.new import parameter_count
 from tutelage.models.source import locate
 from tutelage.pipeline import Planned
 from tutelage.recipe.base import Step
 from tutelage.recipe.curation import Curate, Data, Difficulty, Funnel, Magpie
 from tutelage.recipe.evaluation import Evaluate
-from tutelage.recipe.tables import Export, ModelSource, Prune, Rollout, Score, Synthesize
+from tutelage.recipe.tables import Export, ModelSource, New, Prune, Rollout, Score, Synthesize
 from tutelage.recipe.training import Distill, Sft
 from tutelage.store import Store
 from tutelage.train.curriculum_forecast import (
@@ -63,6 +65,10 @@ class Estimate:
 class _Model:
     parameters: int
     bytes: int
+    vocab_size: int
+
+
+UNKNOWN_MODEL = _Model(0, 0, 0)
 
 
 def estimate(planned: Sequence[Planned], store: Store) -> dict[str, Estimate]:
@@ -76,7 +82,9 @@ def estimate(planned: Sequence[Planned], store: Store) -> dict[str, Estimate]:
             found[node.name] = Estimate()
             continue
         assert node.step is not None
-        if node.produces == "model":
+        if isinstance(node.step, New):
+            models[node.name] = _made(node, node.step, models)
+        elif node.produces == "model":
             models[node.name] = models[node.inputs["model"]]  # an upper bound for a pruned one
         if known := _finished(item, store):
             found[node.name] = known
@@ -85,6 +93,9 @@ def estimate(planned: Sequence[Planned], store: Store) -> dict[str, Estimate]:
         used = {role: models[name] for role, name in node.inputs.items() if name in models}
         if isinstance(node.step, Sft):
             guess = _sft(item, planned, found, used["model"], store)
+        elif isinstance(node.step, New):
+            size = models[node.name].bytes
+            guess = Estimate(disk_bytes=size, memory_bytes=2 * size)
         else:
             guess = _guess(node.step, inputs, used)
         found[node.name] = _timed(guess, node.stage, used)
@@ -105,7 +116,7 @@ def _finished(item: Planned, store: Store) -> Estimate | None:
 
 
 def _guess(step: Step, inputs: Mapping[str, Estimate], models: Mapping[str, _Model]) -> Estimate:
-    model = models.get("model", models.get("teacher", _Model(0, 0)))
+    model = models.get("model", models.get("teacher", UNKNOWN_MODEL))
     if isinstance(step, Data | Curate):
         sources = [e.rows for role, e in inputs.items() if role.startswith("data.")]
         rows = _narrowed(step, _source_rows(step) if isinstance(step, Data) else sum(sources))
@@ -236,7 +247,19 @@ def _timed(guess: Estimate, stage: str, models: Mapping[str, _Model]) -> Estimat
 
 def _outside(source: ModelSource, store: Store) -> _Model:
     facts = locate(source, memo=store.memo).facts
-    return _Model(facts.parameters, facts.parameters * 4) if facts else _Model(0, 0)
+    return _sized(facts.parameters, facts.vocab_size) if facts else UNKNOWN_MODEL
+
+
+def _made(node: Node, step: New, models: Mapping[str, _Model]) -> _Model:
+    lent = models[node.inputs["tokenizer_of"]].vocab_size if step.tokenizer_of else 0
+    if step.tokenizer_of and not lent:
+        return UNKNOWN_MODEL
+    ids = lent or step.vocab_size
+    return _sized(parameter_count(step, ids), ids)
+
+
+def _sized(parameters: int, vocab_size: int) -> _Model:
+    return _Model(parameters, parameters * 4, vocab_size)
 
 
 def _source_rows(step: Data) -> int:

@@ -8,12 +8,14 @@ from typing import Any
 from tutelage.core.errors import RecipeError
 from tutelage.core.fingerprint import fingerprint
 from tutelage.recipe.base import Step
+from tutelage.recipe.evaluation import Ablation
 from tutelage.recipe.load import Variant
-from tutelage.recipe.tables import ModelSource, Prune, Recipe, Report, references, settings
+from tutelage.recipe.tables import ModelSource, New, Prune, Recipe, Report, references, settings
 
 KIND_NAMES = {
     "model": "a model", "conversations": "conversations (a data or synthesize step)",
     "rollouts": "a rollout step", "targets": "targets (a score or convert step)",
+    "scores": "an evaluate step",
 }  # fmt: skip
 
 
@@ -51,6 +53,9 @@ def build(variants: Sequence[Variant], *, until: str = "") -> list[Node]:
             renamed = {role: name + suffix for role, name in node.inputs.items()}
             name = node.name + suffix
             nodes[name] = Node(name, node.step, node.source, renamed)
+    for name, step in variants[0].recipe.steps.items():
+        if isinstance(step, Ablation):
+            nodes[name] = _over_all_cells(name, step, variants, nodes)
     ordered = _ordered(nodes)
     if not until:
         return ordered
@@ -102,6 +107,10 @@ def _of_recipe(recipe: Recipe) -> list[Node]:
         raise RecipeError(f"{min(both)!r} names both a model and a step; rename one")
     nodes: dict[str, Node] = {}
     for name, source in recipe.models.items():
+        if source.new:
+            step = New(stage="new", **source.new.model_dump())
+            nodes[name] = Node(name, step, None, _inputs(step))
+            continue
         base = f"{name}:source" if source.is_pruned else name
         nodes[base] = Node(base, None, source, {})
         if source.is_pruned:
@@ -111,20 +120,51 @@ def _of_recipe(recipe: Recipe) -> list[Node]:
             )  # fmt: skip
             nodes[name] = Node(name, step, None, {"model": base})
     for name, step in recipe.steps.items():
-        nodes[name] = Node(name, step, None, {role: to for role, _, to in references(step)})
+        nodes[name] = Node(name, step, None, _inputs(step))
+    for name, node in nodes.items():
+        if isinstance(node.step, New) and name in recipe.models:
+            _check_references(f"models.{name}.new", node.step, nodes)
     for name, step in recipe.steps.items():
-        _check_references(name, step, nodes)
-    return [_with_ancestors(node, nodes) for node in nodes.values()]
+        _check_references(f"steps.{name}", step, nodes)
+        _check_arms(name, step, nodes)
+    return [
+        _with_ancestors(node, nodes)
+        for node in nodes.values()
+        if not isinstance(node.step, Ablation)  # it stands over all cells, not in one
+    ]
 
 
-def _check_references(name: str, step: Step, nodes: Mapping[str, Node]) -> None:
+def _inputs(step: Step) -> dict[str, str]:
+    return {role: to for role, _, to in references(step)}
+
+
+def _check_references(place_of: str, step: Step, nodes: Mapping[str, Node]) -> None:
     for role, kind, to in references(step):
-        place = f"steps.{name}.{role.partition('.')[0]}"
+        place = f"{place_of}.{role.partition('.')[0]}"
         if to not in nodes:
             raise RecipeError(f"{place}: no step or model {to!r}{_nearest(to, nodes)}")
         if kind not in ("any", nodes[to].produces):
             found = f"of stage {nodes[to].stage}" if nodes[to].step else "a model"
             raise RecipeError(f"{place}: needs {KIND_NAMES[kind]}, but {to!r} is {found}")
+
+
+def _check_arms(name: str, step: Step, nodes: Mapping[str, Node]) -> None:
+    for arm, table in step.arms.items() if isinstance(step, Ablation) else ():
+        for to, key in ((arm, ""), (table.start, ".start")):
+            if to and to not in nodes:
+                raise RecipeError(
+                    f"steps.{name}.arms.{arm}{key}: no step or model {to!r}{_nearest(to, nodes)}"
+                )
+
+
+def _over_all_cells(
+    name: str, step: Ablation, variants: Sequence[Variant], nodes: Mapping[str, Node]
+) -> Node:
+    """A page over the whole matrix reads the scores of every cell and all that is behind them."""
+    _ordered(nodes)  # a cycle is told as such before it is walked
+    suffixes = [f"@{variant.label}" if variant.label else "" for variant in variants]
+    scores = [score + suffix for suffix in suffixes for score in step.scores]
+    return Node(name, step, None, {node: node for node in sorted(closure(nodes, scores))})
 
 
 def _with_ancestors(node: Node, nodes: Mapping[str, Node]) -> Node:

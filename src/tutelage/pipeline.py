@@ -29,9 +29,9 @@ from tutelage.core.provenance import provenance
 from tutelage.data.identity import data_identity
 from tutelage.graph import Node, build, identities
 from tutelage.models import source as models
-from tutelage.models.inspect import ModelFacts
 from tutelage.recipe.base import Step
 from tutelage.recipe.load import Variant
+from tutelage.recipe.tables import New
 from tutelage.store import Store
 
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "OutOfMemoryError")
@@ -71,6 +71,7 @@ class _Run:
     reporter: Reporter
     device: str
     workers: int
+    sandbox: str
     planned: Mapping[str, Planned]
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
@@ -142,10 +143,10 @@ def _check_vocabularies(nodes: Sequence[Node], outside: Mapping[str, models.Exte
     """Teacher and student must share ids: refuse a pair before anything is spent on it."""
     by_name = {node.name: node for node in nodes}
 
-    def root(name: str) -> str:
-        while by_name[name].step is not None:
-            name = by_name[name].inputs["model"]
-        return name
+    def root(name: str) -> Node:
+        node = by_name[name]
+        above = node.inputs.get("tokenizer_of") or node.inputs.get("model")
+        return root(above) if above else node
 
     for node in nodes:
         if node.stage not in ("score", "evaluate", "distill"):
@@ -158,18 +159,33 @@ def _check_vocabularies(nodes: Sequence[Node], outside: Mapping[str, models.Exte
         if "rollouts" in node.inputs:
             students.append(by_name[node.inputs["rollouts"]].inputs["model"])
         for student in students:
-            left, right = outside[root(teacher)].facts, outside[root(student)].facts
-            if left and right and _vocabulary(left) != _vocabulary(right):
+            left, right = root(teacher), root(student)
+            known = [_vocabulary(one, outside) for one in (right, left)]
+            if None not in known and known[0] != known[1]:
+                sizes = " and ".join(_ids(one, outside) for one in (right, left))
                 raise ModelError(
-                    f"steps.{node.name}: {root(student)} and its teacher {root(teacher)} have "
-                    f"different vocabularies ({right.vocab_size:,} and {left.vocab_size:,} ids); "
+                    f"steps.{node.name}: {right.name} and its teacher {left.name} have "
+                    f"different vocabularies ({sizes} ids); "
                     "distillation by token needs one tokenizer: take a teacher of the same family"
                 )
 
 
-def _vocabulary(facts: ModelFacts) -> tuple[str | None, int]:
-    """Ids and how many logits there are: padded to other sizes, two models cannot be compared."""
-    return facts.tokenizer_digest, facts.vocab_size
+def _vocabulary(node: Node, outside: Mapping[str, models.External]) -> Any:
+    """Ids and how many logits there are: padded to other sizes, two models cannot be compared.
+
+    Of a new model that trains its own, what decides about it; None while nobody knows.
+    """
+    if isinstance(node.step, New):
+        return node.step.tokenizer, node.step.vocab_size, dict(node.inputs)
+    facts = outside[node.name].facts
+    return (facts.tokenizer_digest, facts.vocab_size) if facts else None
+
+
+def _ids(node: Node, outside: Mapping[str, models.External]) -> str:
+    if isinstance(node.step, New):
+        return f"at most {node.step.vocab_size:,}"
+    facts = outside[node.name].facts
+    return f"{facts.vocab_size:,}" if facts else "unknown"
 
 
 def run(
@@ -195,7 +211,10 @@ def run(
             {v.label or recipe.name: v.recipe.model_dump(mode="json") for v in variants},
         )
         workers = recipe.runtime.workers or os.cpu_count() or 1
-        state = _Run(recipe.name, store, reporter, recipe.runtime.device, workers, planned)
+        runtime = recipe.runtime
+        state = _Run(
+            recipe.name, store, reporter, runtime.device, workers, runtime.sandbox, planned
+        )
         waiting = list(planned)
         while waiting:
             waiting = _pass(state, waiting)
@@ -274,6 +293,7 @@ def _make(state: _Run, planned: Planned) -> Artifact:
         work = WorkDir.open(
             state.store.partial(node.stage, planned.fingerprint),
             reporter=state.reporter, device=state.device, workers=state.workers,
+            sandbox=state.sandbox, memory=state.store.memory_of_answers,
         )  # fmt: skip
         peak = measure_peak()
         summary = _run_stage(node.step, inputs, work)

@@ -43,6 +43,11 @@ class Store:
         """Content hashes of outside files, remembered by path, size and time of change."""
         return self.root / "hashes.json"
 
+    @property
+    def memory_of_answers(self) -> Path:
+        """What models answered already, by content; it may be deleted at any time."""
+        return self.root / "answers.sqlite"
+
     def remove(self, artifact: Path) -> None:
         """Remove a damaged artifact, so that the next run makes it again."""
         (artifact / MANIFEST).unlink(missing_ok=True)  # first: a half-removed one is not finished

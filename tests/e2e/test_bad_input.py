@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run_command
 from tiny import write_model, write_recipe
 
 from tutelage import pipeline
@@ -41,16 +42,7 @@ def refused(
     """Run the command line; it must exit 2 with one line on stderr, which is returned."""
 
     def run(*words: object) -> str:
-        arguments = ["tutelage", *map(str, words), "--store", str(tmp_path / "store")]
-        monkeypatch.setattr("sys.argv", arguments)
-        with pytest.raises(SystemExit) as stop:
-            main()
-        said = capsys.readouterr()
-        errors = [line for line in said.err.splitlines() if line.startswith("error:")]
-        assert stop.value.code == 2, said.err
-        assert len(errors) == 1, said.err
-        assert "Traceback" not in said.err
-        return errors[0]
+        return run_command(monkeypatch, capsys, *words, "--store", tmp_path / "store", code=2)
 
     return run
 

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from commands import run_command
 from safetensors.torch import load_file, save_file
 from tiny import write_model
 
 from tutelage import pipeline
-from tutelage.cli.app import main
 from tutelage.core.progress import Reporter
 from tutelage.recipe.load import load
 from tutelage.store import Store
@@ -97,16 +97,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """Run the command line; with `code` 2 the one error line is returned, else what it printed."""
 
     def run(*words: object, code: int = 2) -> str:
-        monkeypatch.setattr("sys.argv", ["tutelage", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        said = capsys.readouterr()
-        assert stop.value.code == code, said.err
-        assert "Traceback" not in said.err
-        if not code:
-            return said.out
-        (line,) = (line for line in said.err.splitlines() if line.startswith("error:"))
-        return line
+        return run_command(monkeypatch, capsys, *words, code=code)
 
     return run
 

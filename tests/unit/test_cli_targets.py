@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import run_command
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny import write_model
 
 from tutelage import pipeline
 from tutelage.cli import stores
-from tutelage.cli.app import main
 from tutelage.core.artifact import Artifact
 from tutelage.core.errors import ArtifactError
 from tutelage.core.progress import Reporter
@@ -92,18 +92,9 @@ def show(
     """What `tutelage targets show` prints; where it fails, the one line on stderr."""
 
     def run(*words: object, store: Path | None = None, code: int = 0) -> str:
-        arguments = [*map(str, words), "--store", str(store or project / "store")]
-        monkeypatch.setattr("sys.argv", ["tutelage", "targets", "show", *arguments])
+        arguments = ["targets", "show", *words, "--store", store or project / "store"]
         monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as stop:
-            main()
-        said = capsys.readouterr()
-        assert stop.value.code == code, said.err
-        assert "Traceback" not in said.err
-        if not code:
-            return said.out
-        (line,) = (line for line in said.err.splitlines() if line.startswith("error:"))
-        return line
+        return run_command(monkeypatch, capsys, *arguments, code=code)
 
     return run
 

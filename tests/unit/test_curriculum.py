@@ -8,6 +8,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from handmade import MIXTURE_THEN_FAST
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,14 +40,7 @@ share = 0.75
 mix = { fast = 1 }
 share = 0.25
 """
-DEFAULT_TOML = """
-[[curriculum]]
-mix = { reasoning = 3, fast = 1 }
-share = 0.8
-[[curriculum]]
-mix = { fast = 1 }
-share = 0.2
-lr_scale = 0.5
+DEFAULT_TOML = f"""{MIXTURE_THEN_FAST}
 replay = 0.2
 ramp = 0.25
 """

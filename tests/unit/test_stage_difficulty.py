@@ -20,6 +20,7 @@ from tutelage.core.artifact import Artifact, WorkDir
 from tutelage.core.errors import DataError, RecipeError
 from tutelage.core.progress import Reporter
 from tutelage.engines.base import Completion
+from tutelage.evals import grading
 from tutelage.evals.graders import Verdict
 from tutelage.recipe.curation import Difficulty
 from tutelage.records import CONVERSATIONS, read_rows, write_rows
@@ -71,6 +72,7 @@ class Stage:
     def run(self, rows: Sequence[Row] | Path, *, student: str = "s" * 64, **settings: Any) -> Path:
         """The work folder; give it again as `into` to go on in it."""
         into = settings.pop("into", None) or self.folder / f"work{self.runs}"
+        sandbox = settings.pop("sandbox", "bubblewrap")
         self.runs += 1
         data = rows if isinstance(rows, Path) else self.folder / f"data{self.runs}"
         if not isinstance(rows, Path):
@@ -81,7 +83,7 @@ class Stage:
         )
         outside = {"stage": "external", "fingerprint": student, "identity": {}}
         inputs = {"model": Artifact(self.model, outside), "data": Artifact(data, {})}
-        work = WorkDir.open(into, reporter=Reporter(quiet=True), device="cpu")
+        work = WorkDir.open(into, reporter=Reporter(quiet=True), device="cpu", sandbox=sandbox)
         self.summary = difficulty.run(config, inputs, work)
         return into
 
@@ -225,11 +227,42 @@ def test_a_prompt_that_does_not_fit_the_model_is_not_scored(stage: Stage, answer
     assert "longer than the model's 512 tokens" in figures(work)[1]["unscored"]
 
 
+def program_row(name: str, solution: str | None = None, **columns: Any) -> Row:
+    meta = {"test_list": ["assert f(2) == 3"], "code": solution}
+    return row(name, user("f?"), meta=json.dumps(meta), **columns)
+
+
+def test_a_program_is_judged_by_its_tests_and_needs_no_gold_answer(
+    stage: Stage, answers: Any
+) -> None:
+    answers(lambda key: assistant("f = lambda x: x + 1" if key % 2 else "f = abs"))
+    rows = [
+        program_row("a"), program_row("b", "def f(x): return 3"), program_row("c", "f = abs"),
+        row("d", user("3?"), answer="3"),
+    ]  # fmt: skip
+    work = stage.run(rows, samples=2, sandbox="none", max_tokens=20)
+    assert scores(work) == [0.5, 0.5, None, 1.0]
+    assert figures(work)[2]["unscored"] == (
+        "the verifier turns its own gold answer down: failed: AssertionError in line 1: "
+        "assert f(2) == 3"
+    )
+
+
+def test_a_row_without_tests_has_no_difficulty_where_programs_are_judged(
+    stage: Stage, answers: Any
+) -> None:
+    answers(lambda key: assistant("f = lambda x: 3"))
+    rows = [program_row("a"), row("b", user("3?"), answer="3")]
+    work = stage.run(rows, samples=1, sandbox="none", verifier="code")
+    assert scores(work) == [0.0, None]
+    assert figures(work)[1] == {"unscored": "no tests for a program"}
+
+
 def test_shards_and_batches_change_no_figure(stage: Stage, monkeypatch: Any) -> None:
     def by_text(name: str, answer: str, gold: str, *, row: Row) -> Verdict:
         return Verdict(answer == gold or zlib.crc32(answer.encode()) % 2 == 0, "")
 
-    monkeypatch.setattr(difficulty, "grade", by_text)
+    monkeypatch.setattr(grading, "grade", by_text)
     rows = asked(*"abcdefg")
     one = stage.run(rows, samples=3, shard_rows=7, batch_rows=21)
     other = stage.run(rows, samples=3, shard_rows=2, batch_rows=2)

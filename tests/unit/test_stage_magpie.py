@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from tiny import write_model
+from scripted import Scripted, outside
 from transformers import AutoTokenizer
 
-from tutelage.core.artifact import Artifact, WorkDir
+from tutelage.core.artifact import WorkDir
 from tutelage.core.errors import DataError, ModelError
 from tutelage.core.progress import Reporter
 from tutelage.engines.base import Completion, SamplingParams
@@ -19,17 +17,15 @@ from tutelage.records import read_rows
 from tutelage.stages import magpie
 
 
-class Stage:
+class Stage(Scripted):
     """The stage over a scripted model: `says` writes the n-th prompt; "..." at its end cuts it."""
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
-        self.folder, self.tokenizer = folder, tokenizer
+        super().__init__(tokenizer)
+        self.folder = folder
         self.says: Callable[[int], str] = lambda key: f"Question {key}?"
         self.prompts: list[str] = []
         self.params: list[SamplingParams] = []
-
-    def load(self, artifact: Artifact, *, device: str) -> Any:
-        return SimpleNamespace(model=self, tokenizer=self.tokenizer, device=torch.device("cpu"))
 
     def sample(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, keys: Sequence[int],
@@ -37,17 +33,12 @@ class Stage:
     ) -> list[Completion]:  # fmt: skip
         self.prompts += [self.tokenizer.decode(ids) for ids in prompts]
         self.params.append(params)
-        return [self._completion(self.says(key)) for key in keys]
-
-    def _completion(self, text: str) -> Completion:
-        ids = self.tokenizer.encode(text.removesuffix("..."), add_special_tokens=False)
-        if text.endswith("..."):
-            return Completion(tuple(ids), (0.0,) * len(ids), "length")
-        ids.append(self.tokenizer.eos_token_id)
-        return Completion(tuple(ids), (0.0,) * len(ids), "stop")
+        return [self.completion(self.says(key)) for key in keys]
 
     def run(self, name: str = "work", **settings: Any) -> dict[str, int]:
-        return magpie.run(config(**settings), {"teacher": teacher(self.folder)}, self.work(name))
+        return magpie.run(
+            config(**settings), {"teacher": outside(self.folder, "c" * 64)}, self.work(name)
+        )
 
     def work(self, name: str) -> WorkDir:
         return WorkDir.open(self.folder / name, reporter=Reporter(quiet=True), device="cpu")
@@ -62,20 +53,10 @@ def config(**settings: Any) -> Magpie:
     )
 
 
-def teacher(path: Path) -> Artifact:
-    return Artifact(path, {"stage": "external", "fingerprint": "c" * 64, "identity": {}})
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def stage(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     made = Stage(tmp_path, AutoTokenizer.from_pretrained(model_folder))
-    monkeypatch.setattr(magpie, "load_for_inference", made.load)
-    monkeypatch.setattr(magpie, "TransformersSampler", lambda model, **options: model)
+    made.stand_in(monkeypatch, magpie)
     return made
 
 
@@ -160,7 +141,7 @@ def test_a_real_model_writes_the_same_prompts_whatever_the_shards(
         path = tmp_path / f"work-{shard_rows}"
         work = WorkDir.open(path, reporter=Reporter(quiet=True), device="cpu")
         settings = config(count=24, shard_rows=shard_rows, max_tokens=48)
-        summary = magpie.run(settings, {"teacher": teacher(model_folder)}, work)
+        summary = magpie.run(settings, {"teacher": outside(model_folder, "c" * 64)}, work)
         found.append(list(read_rows(sorted(path.glob("*.parquet")))))
         assert summary["rows"] == len(found[-1]) > 0
         assert work.tokens()["teacher_decoded"] > 0

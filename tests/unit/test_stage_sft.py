@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from handmade import MIXTURE_THEN_FAST
 from rich.console import Console
 from tiny import write_model
 
@@ -28,17 +29,11 @@ from tutelage.train import checkpoint, loop
 from tutelage.train.batches import PackedRow, pack
 from tutelage.train.optim import cosine_lr
 
-TWO_STAGES = """
+TWO_STAGES = f"""
 lr = 1e-3
 batch_tokens = 100
 pack_tokens = 64
-[[curriculum]]
-mix = { reasoning = 3, fast = 1 }
-share = 0.8
-[[curriculum]]
-mix = { fast = 1 }
-share = 0.2
-lr_scale = 0.5
+{MIXTURE_THEN_FAST}
 replay = 0.25
 """
 REASONING, FAST = 24, 16

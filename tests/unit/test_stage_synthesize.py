@@ -3,17 +3,15 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
-from tiny import write_model
+from scripted import Scripted, outside
 from transformers import AutoTokenizer
 
 from tutelage.core.artifact import Artifact, WorkDir
-from tutelage.core.errors import DataError, RecipeError
+from tutelage.core.errors import DataError, EngineError, RecipeError
 from tutelage.core.progress import Reporter
 from tutelage.engines.base import Completion, SamplingParams
 from tutelage.evals import graders
@@ -32,31 +30,27 @@ def no_judge(prompt: str, key: int) -> str:
     raise AssertionError("there is no judge here")
 
 
-class Stage:
+class Stage(Scripted):
     """The stage over scripted models: `says` answers prompts, `rates` the judge's questions."""
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
-        self.folder, self.tokenizer = folder, tokenizer
+        super().__init__(tokenizer)
+        self.folder = folder
         self.says: Says = lambda prompt, key: "72"
         self.rates: Says = no_judge
         self.calls: list[tuple[list[int], SamplingParams]] = []
-        self.loaded: list[str] = []
         self.console = Console(record=True, width=200, file=(folder / "log").open("w"))
         self.prompts(("1", "What is 70 + 2?", "72"))
 
-    def prompts(self, *rows: tuple[str, str, str | None]) -> None:
+    def prompts(self, *rows: tuple[str, str, str | None], meta: str = "{}") -> None:
         records = [
             {
                 "id": name, "source": "s", "language": "en", "mode": "fast", "answer": gold,
-                "messages": [{"role": "user", "content": text}], "complete": True, "meta": "{}",
+                "messages": [{"role": "user", "content": text}], "complete": True, "meta": meta,
             }
             for name, text, gold in rows
         ]  # fmt: skip
         write_rows(self.folder / "prompts" / "part-00000.parquet", records, CONVERSATIONS)
-
-    def load(self, artifact: Artifact, *, device: str) -> Any:
-        self.loaded.append(artifact.fingerprint)
-        return SimpleNamespace(model=self, tokenizer=self.tokenizer, device=torch.device("cpu"))
 
     def sample(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, keys: Sequence[int],
@@ -64,21 +58,18 @@ class Stage:
     ) -> list[Completion]:  # fmt: skip
         self.calls.append((list(keys), params))
         made = [
-            self._completion(self.tokenizer.decode(ids), key)
+            self.completion(self._text(self.tokenizer.decode(ids), key))
             for ids, key in zip(prompts, keys, strict=True)
         ]
         on_tokens(sum(len(c.response_ids) for c in made))
         return made
 
-    def _completion(self, prompt: str, key: int) -> Completion:
-        text = (self.rates if JUDGE in prompt else self.says)(prompt, key)
-        ids = self.tokenizer.encode(text.removesuffix("..."), add_special_tokens=False)
-        if text.endswith("..."):
-            return Completion(tuple(ids), (0.0,) * len(ids), "length")
-        ids.append(self.tokenizer.eos_token_id)
-        return Completion(tuple(ids), (0.0,) * len(ids), "stop")
+    def _text(self, prompt: str, key: int) -> str:
+        return (self.rates if JUDGE in prompt else self.says)(prompt, key)
 
-    def run(self, name: str = "work", *, judge: str = "", **settings: Any) -> dict[str, float]:
+    def run(
+        self, name: str = "work", *, judge: str = "", sandbox: str = "bubblewrap", **settings: Any
+    ) -> dict[str, float]:
         config = Synthesize.model_validate(
             {
                 "stage": "synthesize", "seed": 1, "prompts": "p", "teacher": "t", "mode": "fast",
@@ -86,10 +77,11 @@ class Stage:
             }
         )  # fmt: skip
         work = WorkDir.open(
-            self.folder / name, reporter=Reporter(console=self.console), device="cpu"
-        )
+            self.folder / name, reporter=Reporter(console=self.console), device="cpu",
+            sandbox=sandbox,
+        )  # fmt: skip
         inputs = {
-            "prompts": artifact(self.folder / "prompts", ""),
+            "prompts": outside(self.folder / "prompts", ""),
             "teacher": self.model("teacher"),
         }
         if judge:
@@ -97,7 +89,7 @@ class Stage:
         return synthesize.run(config, inputs, work)
 
     def model(self, name: str) -> Artifact:
-        return artifact(self.folder, FINGERPRINTS[name])
+        return outside(self.folder, FINGERPRINTS[name])
 
     def rows(self, name: str = "work") -> list[dict[str, Any]]:
         return list(read_rows(sorted((self.folder / name).glob("*.parquet"))))
@@ -110,20 +102,10 @@ class Stage:
         return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
 
 
-def artifact(path: Path, fingerprint: str) -> Artifact:
-    return Artifact(path, {"stage": "external", "fingerprint": fingerprint, "identity": {}})
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def stage(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     made = Stage(tmp_path, AutoTokenizer.from_pretrained(model_folder))
-    monkeypatch.setattr(synthesize, "load_for_inference", made.load)
-    monkeypatch.setattr(synthesize, "TransformersSampler", lambda model, **options: model)
+    made.stand_in(monkeypatch, synthesize)
     yield made
     made.console.file.close()
 
@@ -161,6 +143,27 @@ def test_a_wrong_answer_is_kept_aside_with_the_graders_reason(stage: Stage) -> N
     assert line["row"]["messages"][-1]["content"] == "It is 71."
     assert set(line["row"]) == set(stage.rows()[0])
     assert (summary["passed"], summary["failed"], summary["unjudged"]) == (1, 1, 0)
+
+
+def test_programs_are_judged_by_their_row_s_tests_without_a_gold_answer(stage: Stage) -> None:
+    stage.prompts(("1", "f?", None), ("2", "g?", None), meta='{"test_list": ["assert f(2) == 3"]}')
+    stage.says = in_turn("def f(x): return x", "```python\ndef f(x): return x + 1\n```", "f = 3")
+    summary = stage.run(samples=3, verifier="auto", sandbox="none")
+    assert list(stage.kept()) == ["1/fast/1", "2/fast/1"]
+    assert (summary["passed"], summary["failed"], summary["unjudged"]) == (2, 4, 0)
+    assert stage.aside("failed")[0]["reason"] == (
+        "failed: AssertionError in line 1: assert f(2) == 3"
+    )
+
+
+def test_without_bubblewrap_a_prompt_with_tests_stops_the_run_before_an_answer_is_paid_for(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    stage.prompts(("1", "f?", None), meta='{"test_list": ["assert f(2) == 3"]}')
+    with pytest.raises(EngineError, match=r'install bubblewrap .*runtime.sandbox = "none" runs'):
+        stage.run(verifier="auto")
+    assert stage.calls == []
 
 
 def test_the_chain_is_no_part_of_the_graded_answer(stage: Stage) -> None:
@@ -401,7 +404,7 @@ def test_a_real_model_gives_the_same_rows_whatever_the_shards(
     row = {"source": "s", "mode": "fast", "messages": [prompt], "complete": True}
     names = [{**row, "id": str(n)} for n in range(5)]
     write_rows(tmp_path / "prompts" / "part-00000.parquet", names, CONVERSATIONS)
-    inputs = {"prompts": artifact(tmp_path / "prompts", ""), "teacher": artifact(model_folder, "a")}
+    inputs = {"prompts": outside(tmp_path / "prompts", ""), "teacher": outside(model_folder, "a")}
     found = []
     for shard_rows in (5, 64):
         config = Synthesize(

@@ -9,9 +9,17 @@ from typing import Annotated, Literal, NoReturn
 import typer
 from rich.console import Console
 
-from tutelage import __version__, pipeline
+from tutelage import __version__, jobs, pipeline
 from tutelage.cli import benches, display, look, runs, stores
-from tutelage.cli.options import STORE, AsJson, RunName, StorePath, print_json
+from tutelage.cli.options import (
+    STORE,
+    AllowUnsandboxed,
+    AsJson,
+    RunName,
+    StorePath,
+    check_sandbox,
+    print_json,
+)
 from tutelage.core.errors import ArtifactError, TutelageError
 from tutelage.core.progress import Reporter
 from tutelage.estimate import estimate
@@ -51,10 +59,12 @@ def run(
     overrides: Overrides = [],  # noqa: B006 - typer copies it
     until: Until = "",
     store: StorePath = STORE,
+    allow_unsandboxed: AllowUnsandboxed = False,
 ) -> None:
     """Run a recipe: what is finished is kept, what was interrupted goes on."""
     variants = load(recipe, overrides)
-    result = pipeline.run(variants, Store(store), until=until, reporter=Reporter())
+    check_sandbox(variants[0].recipe.runtime.sandbox, allowed=allow_unsandboxed)
+    result = jobs.run(variants, Store(store), until=until, reporter=Reporter())
     display.finished(Console(), result, variants[0].recipe.name, store)
 
 

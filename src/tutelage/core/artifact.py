@@ -121,16 +121,23 @@ class WorkDir:
     ledger: dict[str, dict[str, Any]] = field(default_factory=dict)
     workers: int = 1
     """Processes that work on rows may take."""
+    sandbox: str = "bubblewrap"
+    """Where generated programs run: `[runtime] sandbox`."""
+    memory: Path | None = None
+    """The store's memory of answers, for models that are asked the same again; None for none."""
 
     @classmethod
-    def open(cls, path: Path, *, reporter: Reporter, device: str, workers: int = 1) -> "WorkDir":
+    def open(
+        cls, path: Path, *, reporter: Reporter, device: str, workers: int = 1,
+        sandbox: str = "bubblewrap", memory: Path | None = None,
+    ) -> "WorkDir":  # fmt: skip
         """Make the folder, or go on with what an earlier attempt left in it."""
         path.mkdir(parents=True, exist_ok=True)
         for stale in path.rglob("*.tmp"):  # what a kill left of an unfinished atomic write
             stale.unlink()
         ledger = path / LEDGER
         done = json.loads(ledger.read_text()) if ledger.exists() else {}
-        return cls(path, reporter, device, done, workers)
+        return cls(path, reporter, device, done, workers, sandbox, memory)
 
     def done(self, part: str) -> bool:
         """Whether the part of this name is finished."""

@@ -11,9 +11,12 @@ from tutelage.core.hashes import remembered_sha256
 from tutelage.recipe.base import Step
 from tutelage.recipe.curation import Data, DataSource, Funnel
 from tutelage.recipe.tables import Convert
+from tutelage.tasks import TASKS
 
 CAPTURE_SETTINGS = "compression_config.yaml"
 """What DistillKit writes beside a capture."""
+GYM_ROWS = 2
+"""Rises when the same item of reasoning-gym becomes another row; 2: with its answer as response."""
 BUNDLED_PROMPTS = Path(__file__).with_name("prompts.jsonl")
 
 
@@ -65,7 +68,13 @@ def data_identity(step: Step, *, memo: Path) -> dict[str, Any]:
 
 def _identity(source: DataSource, memo: Path) -> dict[str, Any]:
     if source.source.startswith("task:"):
-        return {"task": source.source, "reasoning_gym": _version("reasoning-gym")}
+        ours = TASKS.get(source.source.removeprefix("task:"))
+        made_by = (
+            {"version": ours.version}
+            if ours
+            else {"reasoning_gym": _version("reasoning-gym"), "rows": GYM_ROWS}
+        )
+        return {"task": source.source, **made_by}
     if source.source.startswith("hub:"):
         return {"hub": source.source, "revision": source.revision or "main"}
     return {"sha256": _hashes(source.source, source_files(source), memo)}

@@ -5,6 +5,7 @@ a bad row can be found again. A row that cannot be read is an `UnreadableRow`.
 """
 
 import csv
+import difflib
 import io
 import json
 from collections.abc import Iterator, Mapping
@@ -17,9 +18,14 @@ import pyarrow.parquet as pq
 from tutelage.core.errors import DataError
 from tutelage.data.identity import source_files
 from tutelage.recipe.curation import DataSource
+from tutelage.tasks import LAB_KEY, TASKS
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 REFUSED_TASKS = {"codeio": "it runs programs inside this process to make and judge its rows"}
+OUR_KEYS = ("reasoning", "prompts_only")
+"""Of `task_config`, for every task: what the rows show of the solution. The rest is the task's."""
+WORKED = {"gsm_symbolic": "answer_cot"}
+"""Tasks of reasoning-gym 0.1.25 that keep a worked solution, and its name in their metadata."""
 csv.field_size_limit(1 << 28)  # the default of 128 KiB cuts long answers
 
 
@@ -168,36 +174,87 @@ def _hub(source: DataSource) -> Iterator[Row]:
 
 
 def _task(source: DataSource, seed: int) -> Iterator[Row]:
+    """Our own task of that name, or else reasoning-gym's."""
     name = source.source.removeprefix("task:")
+    if not source.limit:
+        raise DataError(f"task:{name} has no end of its own: set limit")
+    yield from (_lab_task if name in TASKS else _gym_task)(name, source, seed)
+
+
+def _lab_task(name: str, source: DataSource, seed: int) -> Iterator[Row]:
+    task = TASKS[name]
+    config = task.configure(source.task_config)
+    for number, item in enumerate(task.items(config, seed=seed, count=source.limit), 1):
+        solution = {"response": item.response, "thinking": item.thinking}
+        row = {
+            "prompt": item.prompt,
+            **_solution(solution, reasoning=config.reasoning, prompts_only=config.prompts_only),
+            "answer": item.answer,
+            "task": name,
+            "language": item.language,
+            LAB_KEY: {"name": name, "meta": item.meta},
+        }
+        yield f"{name}[{number}]", row
+
+
+def _solution(
+    solution: Mapping[str, str], *, reasoning: bool, prompts_only: bool
+) -> Mapping[str, str]:
+    """What of the response and its chain a row is given."""
+    if prompts_only:
+        return {}
+    return solution if reasoning else {"response": solution["response"]}
+
+
+def _gym_task(name: str, source: DataSource, seed: int) -> Iterator[Row]:
     try:
         import reasoning_gym
     except ImportError:
         raise DataError(f'task:{name} needs reasoning-gym: pip install "tutelage[tasks]"') from None
     if name in REFUSED_TASKS:
         raise DataError(f"task:{name} is refused: {REFUSED_TASKS[name]}; take another task")
-    if not source.limit:
-        raise DataError(f"task:{name} has no end of its own: set limit")
-    try:
-        items = reasoning_gym.create_dataset(
-            name, seed=seed, size=source.limit, **source.task_config
+    settings = {key: value for key, value in source.task_config.items() if key not in OUR_KEYS}
+    shown = {key: _switch(name, key, source.task_config) for key in OUR_KEYS}
+    if shown["reasoning"] and name not in WORKED:
+        raise DataError(
+            f"task:{name} has no worked solutions: leave reasoning out; {', '.join(WORKED)} have"
         )
+    try:
+        items = reasoning_gym.create_dataset(name, seed=seed, size=source.limit, **settings)
     except (ValueError, TypeError, AssertionError) as error:
-        raise DataError(f"task:{name} cannot be made: {error}") from error
+        near = _nearest_task(name)
+        raise DataError(f"task:{name} cannot be made: {error}{near}") from error
     for number, item in enumerate(items, 1):
-        yield f"{name}[{number}]", _task_row(name, source, item)
+        yield f"{name}[{number}]", _gym_row(name, settings, item, **shown)
 
 
-def _task_row(
-    name: str, source: DataSource, item: Mapping[str, Any]
-) -> dict[str, Any] | UnreadableRow:
+def _switch(name: str, key: str, config: Mapping[str, Any]) -> bool:
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise DataError(f"task:{name} cannot be made: {key} is true or false, not {value!r}")
+    return value
+
+
+def _nearest_task(name: str) -> str:
+    close = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.6)
+    return f"; did you mean task:{close[0]}?" if close else ""
+
+
+def _gym_row(
+    name: str, settings: Mapping[str, Any], item: Mapping[str, Any],
+    *, reasoning: bool, prompts_only: bool,
+) -> dict[str, Any] | UnreadableRow:  # fmt: skip
     """A row with all that its task's own scorer needs to judge an answer later."""
     if item["answer"] is None:
         return UnreadableRow("has no gold answer: the task has many right ones and names none")
     entry = {key: item[key] for key in ("question", "answer", "metadata")}
+    thinking = item["metadata"][WORKED[name]].strip() if reasoning else ""
+    solution = {"response": item["answer"], "thinking": thinking}
     return {
         "prompt": item["question"],
+        **_solution(solution, reasoning=reasoning, prompts_only=prompts_only),
         "answer": item["answer"],
         "task": name,
         "language": "en",
-        "reasoning_gym": {"config": source.task_config, "entry": entry},
+        "reasoning_gym": {"config": settings, "entry": entry},
     }

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 LETTERS = "ABCD"
+RAISED = "grader raised"
+"""How the reason of a verdict begins that is a fault of the grader, not of the answer."""
 OUTER = " \t\r\n\v\f\u3000\"'`*_,;:!?，。、；：！？“”‘’«»「」『』"
 """Stripped from both ends of a text; a full stop at the end only, since ".5" is a number."""
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from tutelage.core.errors import DataError, EngineError
 from tutelage.evals.grading_numeric import final_number, is_number, same
-from tutelage.evals.grading_text import Verdict, final, first_sentence, short
+from tutelage.evals.grading_text import RAISED, Verdict, final, first_sentence, short
 
 CPU_SECONDS = 5.0
 """Of one answer. CPU time, not the clock: a verdict does not depend on what else runs."""
@@ -65,7 +65,7 @@ class Worker:
                 return Verdict(False, self._ended())
         reply = json.loads(answer)
         if "error" in reply:
-            return Verdict(False, f"grader raised {reply['error']}")
+            return Verdict(False, f"{RAISED} {reply['error']}")
         return Verdict(reply["correct"], short(reply["reason"], width=REPLY_WIDTH))
 
     def close(self) -> None:

@@ -314,7 +314,7 @@ class Sandbox(_Pool):
     def __enter__(self) -> Self:
         if reason := available():
             raise EngineError(
-                f'no sandbox: {reason}; sandbox = "none" runs without one, at your risk'
+                f'no sandbox: {reason}; runtime.sandbox = "none" runs programs without one, as you'
             )
         return super().__enter__()
 

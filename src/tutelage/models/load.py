@@ -188,8 +188,13 @@ def save_student(loaded: Loaded, directory: Path) -> None:
     digest, and the next step would take it for another vocabulary.
     """
     save_weights(loaded.model, directory, dtype="float32")
+    copy_tokenizer(loaded.directory, directory)
+
+
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """The tokenizer files of a model's directory, byte for byte."""
     for pattern in TOKENIZER_PATTERNS:
-        for file in sorted(loaded.directory.glob(pattern)):
+        for file in sorted(source.glob(pattern)):
             shutil.copyfile(file, directory / file.name)
 
 

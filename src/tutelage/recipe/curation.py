@@ -34,8 +34,9 @@ class DataSource(Table):
     """Rows from one place."""
 
     source: str
-    """`bundled:prompts`, `hub:owner/name`, `task:NAME` (reasoning-gym), or a file path or glob
-    (.jsonl, .json, .csv, .tsv, .parquet; all but the last also as .gz and .zst)."""
+    """`bundled:prompts`, `hub:owner/name`, `task:NAME` (one of ours: gridwalk, modchain, codeout;
+    or reasoning-gym's), or a file path or glob (.jsonl, .json, .csv, .tsv, .parquet; all but the
+    last also as .gz and .zst)."""
     columns: Columns = Columns()
     """Left out, the usual names are recognised (messages, conversations, prompt, question, ...)."""
     limit: Annotated[int, Field(ge=0)] = 0
@@ -45,6 +46,8 @@ class DataSource(Table):
     revision: str = ""
     language: str = ""
     task_config: dict[str, Any] = Field(default_factory=dict)
+    """The task's own settings. For every task: `reasoning = true` gives answers their chain,
+    `prompts_only = true` leaves the answers out (a verifier still has the gold)."""
     weight: Annotated[float, Field(ge=0)] = 0.0
     """Share of the result against other sources with a weight: rows are left out until the shares
     hold, never repeated. 0 takes all its rows."""
@@ -130,7 +133,7 @@ class Difficulty(Step):
     """pass-rate: 1 - share of `samples` answers that the verifier takes (arXiv 2505.22375), for
     rows with a gold answer. likelihood: rank of the row's answer by IFD (arXiv 2308.12032)."""
     verifier: str = "auto"
-    """A grader: exact, numeric, math, choice, reasoning-gym; auto goes by the row."""
+    """A grader: exact, numeric, math, choice, code, task, reasoning-gym; auto goes by the row."""
     mode: Mode = "fast"
     samples: PositiveInt = 4
     max_tokens: PositiveInt = 256

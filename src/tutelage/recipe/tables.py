@@ -159,8 +159,9 @@ class Synthesize(Sampling):
     keep_truncated: bool = True
     """Keep answers cut off at `max_tokens`, without teaching their end."""
     verifier: str = ""
-    """A grader (exact, numeric, math, choice, reasoning-gym, or auto: by the row) that the answer
-    must pass; empty takes answers as they come. Rows without a gold answer pass unjudged."""
+    """A grader (exact, numeric, math, choice, code, task, reasoning-gym, or auto: by the row) that
+    the answer must pass; empty takes answers as they come. Rows without a gold answer (tests, for
+    code) pass unjudged."""
     keep: Literal["all", "shortest"] = "all"
     """Of a prompt's answers that passed: all, or the one of fewest tokens (arXiv 2505.22375)."""
     judge: ModelRef = ""

@@ -31,6 +31,8 @@ class Training(Step):
     """Stop after so many optimizer steps; 0 runs all epochs."""
     batch_tokens: PositiveInt = 4096
     """Tokens of an optimizer step, prompts included."""
+    batch_examples: Annotated[int, Field(ge=0)] = 0
+    """Instead: so many examples a step, which makes two runs equal in sequences as in steps."""
     pack_tokens: PositiveInt = 2048
     """Length of a packed row; longer examples are cut at their end."""
     rows_together: PositiveInt = 1

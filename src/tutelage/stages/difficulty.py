@@ -28,7 +28,8 @@ from tutelage.data.difficulty import (
 from tutelage.engines.base import SamplingParams, Scorable
 from tutelage.engines.sampler import TransformersSampler
 from tutelage.engines.scorer import TransformersScorer
-from tutelage.evals.graders import grade
+from tutelage.evals.graders import CODE, can_grade, resolved
+from tutelage.evals.grading import Given, Grading
 from tutelage.models.load import Loaded, load_for_inference
 from tutelage.recipe.curation import Difficulty
 from tutelage.records import CONVERSATIONS, RowFiles, prompt_messages, write_rows
@@ -68,15 +69,20 @@ def run(config: Difficulty, inputs: Mapping[str, Artifact], work: WorkDir) -> di
     sizes = loaded.model.config.get_text_config()
     context = getattr(sizes, "max_position_embeddings", None) or math.inf
     student = _Student(loaded, chat, context, inputs["model"].fingerprint[:12])
-    score = _by_pass_rate if config.by == "pass-rate" else _by_likelihood
-    score(config, student, rows, work)
+    if config.by == "pass-rate":
+        with Grading(work.sandbox, workers=work.workers) as grading:
+            _by_pass_rate(config, student, rows, work, grading)
+    else:
+        _by_likelihood(config, student, rows, work)
     return _summary(config, work)
 
 
 # --- by the student's own answers ---------------------------------------------------------------
 
 
-def _by_pass_rate(config: Difficulty, student: _Student, rows: RowFiles, work: WorkDir) -> None:
+def _by_pass_rate(
+    config: Difficulty, student: _Student, rows: RowFiles, work: WorkDir, grading: Grading
+) -> None:
     """Sample `samples` answers a row and grade each, without its chain."""
     sampler = TransformersSampler(
         student.loaded.model, batch_size=config.batch_rows, device=str(student.loaded.device)
@@ -84,7 +90,9 @@ def _by_pass_rate(config: Difficulty, student: _Student, rows: RowFiles, work: W
 
     def make(shard: Shard, on_tokens: OnTokens) -> dict[str, int]:
         found = list(rows.rows(shard.items))
-        figures, decoded = _answered(config, student, sampler, found, shard.items, on_tokens)
+        figures, decoded = _answered(
+            config, student, sampler, grading, found, shard.items, on_tokens
+        )
         difficulty = difficulty_from_passes(
             [one.get("passes", 0) for one in figures], [one.get("samples", 0) for one in figures]
         )
@@ -98,11 +106,11 @@ def _by_pass_rate(config: Difficulty, student: _Student, rows: RowFiles, work: W
 
 
 def _answered(
-    config: Difficulty, student: _Student, sampler: TransformersSampler,
+    config: Difficulty, student: _Student, sampler: TransformersSampler, grading: Grading,
     rows: Sequence[Row], numbers: range, on_tokens: OnTokens,
 ) -> tuple[list[Figures], int]:  # fmt: skip
     """Each row's figures, and how many tokens were decoded for them."""
-    questions = [_question(config, student, row) for row in rows]
+    questions = _questions(config, student, grading, rows)
     asked = {i: ids for i, ids in enumerate(questions) if not isinstance(ids, str)}
     params = SamplingParams(
         max_tokens=config.max_tokens, temperature=config.temperature, seed=config.seed,
@@ -120,25 +128,40 @@ def _answered(
         else {"passes": 0, "samples": config.samples, "truncated": 0}
         for question in questions
     ]
+    given = []
     for (i, _), completion in zip(samples, done, strict=True):
-        row, found = rows[i], figures[i]
         _, answer = student.chat.decode_response(completion.response_ids, config.mode)
-        verdict = grade(config.verifier, answer, row["answer"], row=row)
-        found["passes"] += verdict.correct
-        found["truncated"] += completion.finish_reason == "length"
+        given.append(Given(answer, rows[i]["answer"], rows[i]))
+    verdicts = grading.grade_all(config.verifier, given)
+    for (i, _), completion, verdict in zip(samples, done, verdicts, strict=True):
+        figures[i]["passes"] += verdict.correct
+        figures[i]["truncated"] += completion.finish_reason == "length"
     return figures, sum(len(completion.response_ids) for completion in done)
 
 
+def _questions(
+    config: Difficulty, student: _Student, grading: Grading, rows: Sequence[Row]
+) -> list[list[int] | str]:
+    """Each prompt's ids, or why the row cannot be scored by answering it.
+
+    A verifier that does not suit the gold answer (numeric for text) turns every answer down: the
+    row would look hardest.
+    """
+    able = [row for row in rows if can_grade(config.verifier, row, row["answer"])]
+    turned_down = iter(grading.gold_faults(config.verifier, able))
+    questions: list[list[int] | str] = []
+    for row in rows:
+        if not can_grade(config.verifier, row, row["answer"]):
+            code = resolved(config.verifier, row) == CODE
+            questions.append("no tests for a program" if code else "no gold answer")
+        elif fault := next(turned_down):
+            questions.append(f"the verifier turns its own gold answer down: {fault}")
+        else:
+            questions.append(_question(config, student, row))
+    return questions
+
+
 def _question(config: Difficulty, student: _Student, row: Row) -> list[int] | str:
-    """The prompt's ids, or why the row cannot be scored by answering it."""
-    gold = row["answer"]
-    if gold is None or not gold.strip():
-        return "no gold answer"
-    # A verifier that does not suit the gold answer (numeric for text) turns every answer down: the
-    # row would look hardest.
-    verdict = grade(config.verifier, gold, gold, row=row)
-    if not verdict.correct:
-        return f"the verifier turns its own gold answer down: {verdict.reason}"
     try:
         ids = student.chat.prompt_ids(prompt_messages(row), config.mode)
     except DataError as error:

@@ -81,8 +81,9 @@ def _steps(
             beside = epoch_order(len(text), seed=config.seed, epoch=epoch)
             order = np.stack([order, len(reader) + np.resize(beside, len(order))], 1).ravel()
         steps += plan_steps(
-            lengths, order, pack_tokens=config.pack_tokens, batch_tokens=config.batch_tokens
-        )
+            lengths, order, pack_tokens=config.pack_tokens, batch_tokens=config.batch_tokens,
+            batch_examples=config.batch_examples,
+        )  # fmt: skip
     return steps
 
 

@@ -85,8 +85,9 @@ def _by_stages(config: Sft, rows: Conversations, order: curriculum.Plan) -> Plan
 def _packed(config: Sft, rows: Conversations, order: np.ndarray) -> Steps:
     lengths = rows.lengths_N.tolist()
     return plan_steps(
-        lengths, order, pack_tokens=config.pack_tokens, batch_tokens=config.batch_tokens
-    )
+        lengths, order, pack_tokens=config.pack_tokens, batch_tokens=config.batch_tokens,
+        batch_examples=config.batch_examples,
+    )  # fmt: skip
 
 
 def _order(config: Sft, rows: Conversations) -> curriculum.Plan:

@@ -22,7 +22,8 @@ from tutelage.core.shards import Shard, run_shards
 from tutelage.data.prepare import Dropped
 from tutelage.engines.base import Completion, SamplingParams
 from tutelage.engines.sampler import TransformersSampler
-from tutelage.evals.graders import grade
+from tutelage.evals.graders import can_grade, resolved
+from tutelage.evals.grading import Given, Grading
 from tutelage.evals.judge import MOST, REPLY_TOKENS, judge_messages, parse_rating
 from tutelage.evals.textmatch import answer_length
 from tutelage.models.load import load_for_inference
@@ -50,6 +51,7 @@ class _Job:
     config: Synthesize
     teacher: _Speaker
     judge: _Speaker | None
+    grading: Grading
     source: str
     work: WorkDir
 
@@ -88,12 +90,21 @@ def run(config: Synthesize, inputs: Mapping[str, Artifact], work: WorkDir) -> di
     no rating. Raises RecipeError for an unknown verifier, DataError when no answer is left.
     """
     if config.verifier:
-        grade(config.verifier, "", "-", row={})  # an unknown name fails before any work is done
+        resolved(config.verifier, {})  # an unknown name fails before any work is done
+    with Grading(work.sandbox, workers=work.workers) as grading:
+        return _run(config, inputs, work, grading)
+
+
+def _run(
+    config: Synthesize, inputs: Mapping[str, Artifact], work: WorkDir, grading: Grading
+) -> dict[str, float]:
     prompts = RowFiles(inputs["prompts"].shards())
-    job = _job(config, inputs, work)
+    job = _job(config, inputs, work, grading)
 
     def make(shard: Shard, on_tokens: OnTokens) -> dict[str, int]:
         rows = list(prompts.rows(shard.items))
+        if config.verifier:
+            grading.check(config.verifier, rows)
         asked, decoded = _candidates(job, rows, shard.items.start, on_tokens)
         kept, read = _sifted(job, asked, shard, on_tokens)
         write_rows(work.path / f"{shard.name}.parquet", [c.record for c in kept], CONVERSATIONS)
@@ -108,16 +119,17 @@ def run(config: Synthesize, inputs: Mapping[str, Artifact], work: WorkDir) -> di
     return _summary(config, work)
 
 
-def _job(config: Synthesize, inputs: Mapping[str, Artifact], work: WorkDir) -> _Job:
+def _job(
+    config: Synthesize, inputs: Mapping[str, Artifact], work: WorkDir, grading: Grading
+) -> _Job:
     teacher, judge = inputs["teacher"], inputs.get("judge")
     source = f"teacher:{teacher.fingerprint[:12]}"
     answering = _speaker(teacher, config, work)
     if judge is None:
-        return _Job(config, answering, None, source, work)
+        return _Job(config, answering, None, grading, source, work)
     same = judge.fingerprint == teacher.fingerprint  # then it is in memory once
-    return _Job(
-        config, answering, answering if same else _speaker(judge, config, work), source, work
-    )
+    judging = answering if same else _speaker(judge, config, work)
+    return _Job(config, answering, judging, grading, source, work)
 
 
 def _speaker(artifact: Artifact, config: Synthesize, work: WorkDir) -> _Speaker:
@@ -226,7 +238,7 @@ def _sifted(
     """A shard's answers that stay, and the tokens the judge said; what falls is put on record."""
     config = job.config
     finished, unfinished = _split(asked, [_unfinished(c, config) for c in asked])
-    verified, failed = _split(finished, [_failed(c, config) for c in finished])
+    verified, failed = _split(finished, _failed(finished, job))
     replies, said = _replies(job, verified, on_tokens)
     judged = zip(verified, replies, strict=True)
     passed, judged_out = _split(verified, [_judged_out(c, reply, config) for c, reply in judged])
@@ -235,7 +247,7 @@ def _sifted(
         if dropped:
             lines = "".join(row.line() for row in dropped)
             write_text(_aside(job.work, dropped[0].name) / f"{shard.name}.jsonl", lines)
-    unjudged = sum(not _gold(c) for c in finished)
+    unjudged = sum(not _judgeable(c, config) for c in finished)
     counts = {
         "rows": len(kept), "asked": len(asked), "unfinished": len(unfinished),
         "failed": len(failed), "unjudged": unjudged, "passed": len(verified) - unjudged,
@@ -264,16 +276,24 @@ def _unfinished(candidate: _Candidate, config: Synthesize) -> Dropped | None:
     return None
 
 
-def _failed(candidate: _Candidate, config: Synthesize) -> Dropped | None:
-    gold = _gold(candidate)
-    if not config.verifier or not gold:
-        return None
-    verdict = grade(config.verifier, candidate.content, gold, row=candidate.record)
-    return None if verdict.correct else candidate.dropped(FAILED, verdict.reason)
+def _failed(candidates: Sequence[_Candidate], job: _Job) -> list[Dropped | None]:
+    config = job.config
+    asked = [i for i, c in enumerate(candidates) if _judgeable(c, config)]
+    given = [
+        Given(c.content, c.record.get("answer"), c.record) for c in (candidates[i] for i in asked)
+    ]
+    faults: list[Dropped | None] = [None] * len(candidates)
+    verdicts = job.grading.grade_all(config.verifier, given)
+    for i, verdict in zip(asked, verdicts, strict=True):
+        if not verdict.correct:
+            faults[i] = candidates[i].dropped(FAILED, verdict.reason)
+    return faults
 
 
-def _gold(candidate: _Candidate) -> str:
-    return (candidate.record.get("answer") or "").strip()
+def _judgeable(candidate: _Candidate, config: Synthesize) -> bool:
+    """Whether there is a verifier, and in the row what it judges by: a gold answer, or tests."""
+    record = candidate.record
+    return bool(config.verifier) and can_grade(config.verifier, record, record.get("answer"))
 
 
 def _replies(

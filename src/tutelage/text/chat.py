@@ -273,6 +273,11 @@ class ChatFormat:
         text = self._codec.defused(chain, cut) + _END_OF_CHAIN
         return self._codec.encode_after_text(text.split(cut))
 
+    def opening_ids(self, text: str) -> list[int]:
+        """Ids of text with which an answer begins and after which it goes on; no end of turn."""
+        cut = _cut_mark([text])
+        return self._codec.encode_after_text(self._codec.defused(text, cut).split(cut))
+
     def decode_response(self, ids: Sequence[int], mode: Mode) -> tuple[str | None, str]:
         """(chain, content) of response ids; the inverse of `response_ids` for text that decodes.
 

@@ -114,22 +114,19 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> np.ndarray:
 
 
 def plan_steps(
-    lengths: Sequence[int], order: np.ndarray, *, pack_tokens: int, batch_tokens: int
-) -> list[list[list[int]]]:
+    lengths: Sequence[int], order: np.ndarray, *, pack_tokens: int, batch_tokens: int,
+    batch_examples: int = 0,
+) -> list[list[list[int]]]:  # fmt: skip
     """Optimizer steps -> packed rows -> examples, in `order`.
 
     A row is filled until the next example would pass `pack_tokens` (lengths are cut there first);
-    a step takes rows until it has `batch_tokens`. The last step of an epoch may be smaller.
+    a step takes rows until it has `batch_tokens`, or all rows of `batch_examples` examples. The
+    last step of an epoch may be smaller.
     """
-    rows: list[list[int]] = []
-    used = pack_tokens
-    for index in order:
-        length = min(lengths[index], pack_tokens)
-        if used + length > pack_tokens:
-            rows.append([])
-            used = 0
-        rows[-1].append(int(index))
-        used += length
+    if batch_examples:
+        parts = [order[i : i + batch_examples] for i in range(0, len(order), batch_examples)]
+        return [_packed_rows(lengths, part, pack_tokens) for part in parts]
+    rows = _packed_rows(lengths, order, pack_tokens)
     steps: list[list[list[int]]] = []
     size = batch_tokens
     for row in rows:
@@ -139,6 +136,19 @@ def plan_steps(
         steps[-1].append(row)
         size += sum(min(lengths[index], pack_tokens) for index in row)
     return steps
+
+
+def _packed_rows(lengths: Sequence[int], order: np.ndarray, pack_tokens: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    used = pack_tokens
+    for index in order:
+        length = min(lengths[index], pack_tokens)
+        if used + length > pack_tokens:
+            rows.append([])
+            used = 0
+        rows[-1].append(int(index))
+        used += length
+    return rows
 
 
 def mixed_order(

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: models against their teacher on held-out prompts, with intervals.
+"""Models against their teacher on held-out prompts, token by token.
 
 Two kinds of figures. *Distributions* are compared on the teacher's own answers, sampled at
 temperature 1, which are the same sequences for every model; so forward KL is the sequence-level
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tutelage.core.artifact import Artifact, WorkDir, several
+from tutelage.core.artifact import Artifact, WorkDir
 from tutelage.core.errors import DataError
 from tutelage.core.files import write_json
 from tutelage.engines.base import SamplingParams
@@ -63,30 +63,33 @@ class _Reference:
     answers: Sequence[Mapping[str, Any]]
 
 
-def run(config: Evaluate, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[str, float]:
-    """Compare each model; `scores.json` and `answers.parquet` hold the figures and the texts."""
-    prompts = list(read_rows(inputs["prompts"].shards()))
-    if len(prompts) < 2:
-        raise DataError("an interval needs at least two held-out prompts; widen the prompts step")
-    task = _Task(config, work, prompts)
-    models = several(inputs, "models")
-    # Each model's part is kept, so that an interrupted evaluation repeats none of them.
-    teacher = inputs["teacher"]
-    reference = _reference(task, teacher)
-    parts = [_part(task, model, f"model-{index}", reference) for index, model in enumerate(models)]
-    write_rows(
-        work.path / "answers.parquet",
-        [answer for part in parts for answer in part["answers"]] + list(reference.answers), ANSWERS,
-    )  # fmt: skip
-    scores = _scores(config, models, teacher, parts, reference)
-    write_json(work.path / "scores.json", scores)
-    return {
-        "prompts": len(prompts),
-        **{
-            f"forward_kl.{index}": entry["metrics"]["forward_kl"]["estimate"]
-            for index, entry in enumerate(scores["models"][:-1])
-        },
-    }
+class Distance:
+    """The comparison of one evaluate step; the teacher's part is made when this is."""
+
+    def __init__(self, config: Evaluate, inputs: Mapping[str, Artifact], work: WorkDir) -> None:
+        prompts = list(read_rows(inputs["prompts"].shards()))
+        if len(prompts) < 2:
+            raise DataError("an interval needs at least two held-out prompts; widen prompts")
+        self._task = _Task(config, work, prompts)
+        self._teacher = inputs["teacher"]
+        self._reference = _reference(self._task, self._teacher)
+        self._parts: list[Mapping[str, Any]] = []
+
+    def measure(self, index: int, model: Artifact, loaded: Callable[[], Loaded]) -> None:
+        """Compare one model; its part is kept, so that an interrupted evaluation repeats none."""
+        part = _part(self._task, model, f"model-{index}", self._reference, loaded)
+        self._parts.append(part)
+
+    def finish(self, models: Sequence[Artifact]) -> dict[str, Any]:
+        """Write `answers.parquet`; returns what `scores.json` says of the distance."""
+        work, reference = self._task.work, self._reference
+        write_rows(
+            work.path / "answers.parquet",
+            [answer for part in self._parts for answer in part["answers"]]
+            + list(reference.answers),
+            ANSWERS,
+        )
+        return _scores(self._task.config, models, self._teacher, self._parts, reference)
 
 
 def _reference(task: _Task, teacher: Artifact) -> _Reference:
@@ -128,13 +131,15 @@ def _reference(task: _Task, teacher: Artifact) -> _Reference:
     return _Reference(sequences, reading, answers)
 
 
-def _part(task: _Task, model: Artifact, name: str, reference: _Reference) -> dict[str, Any]:
-    """One model's comparison with the teacher and its own answers; kept once it is made."""
+def _part(
+    task: _Task, model: Artifact, name: str, reference: _Reference, load: Callable[[], Loaded]
+) -> dict[str, Any]:
+    """One model's comparison with the teacher and its own answers."""
     path = task.work.scratch("models") / f"{name}.json"
     if task.work.done(name):
         return json.loads(path.read_text())
     started = time.monotonic()
-    loaded = load_for_inference(model, device=task.work.device)
+    loaded = load()
     chat = ChatFormat.from_tokenizer(loaded.tokenizer)
     compared = compare_readings(
         read_sequences(loaded.model, reference.sequences), reference.reading, reference.sequences
@@ -219,11 +224,10 @@ def _scores(
         {
             "role": "teacher",
             "fingerprint": teacher.fingerprint,
-            "metrics": {"entropy": _shown(entropy)} | _answer_metrics(config, reference.answers),
+            "metrics": {"entropy": shown(entropy)} | _answer_metrics(config, reference.answers),
         }
     )
     return {
-        "mode": config.mode,
         "prompts": len(reference.sequences),
         "reference_tokens": sum(len(s.response_ids) for s in reference.sequences),
         "k": TOP_K,
@@ -240,19 +244,19 @@ def _per_token(config: Evaluate, rows: Sequence[SequenceComparison], field: str)
 
 
 def _distribution_metrics(config: Evaluate, rows: Sequence[SequenceComparison]) -> dict[str, Any]:
-    return {name: _shown(_per_token(config, rows, field)) for name, field in PER_TOKEN.items()}
+    return {name: shown(_per_token(config, rows, field)) for name, field in PER_TOKEN.items()}
 
 
 def _answer_metrics(config: Evaluate, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ones = np.ones(len(answers))
 
     def mean(values: Sequence[float]) -> dict[str, Any]:
-        return _shown(ratio_interval(values, ones, seed=config.seed, resamples=config.bootstrap))
+        return shown(ratio_interval(values, ones, seed=config.seed, resamples=config.bootstrap))
 
     cut = sum(answer["finish_reason"] == "length" for answer in answers)
     metrics = {
         "answer_tokens": mean([answer["tokens"] for answer in answers]),
-        "truncated_share": _shown(wilson(cut, len(answers))),
+        "truncated_share": shown(wilson(cut, len(answers))),
     }
     if answers[0]["rouge_l"] is not None:
         metrics["rouge_l"] = mean([answer["rouge_l"] for answer in answers])
@@ -278,14 +282,14 @@ def _differences(
                     "metric": name,
                     "model": models[later].fingerprint,
                     "against": models[later - 1].fingerprint,
-                    **_shown(difference.interval),
+                    **shown(difference.interval),
                     "p": round(difference.p_value, 5),
                 }
             )
     return rows
 
 
-def _shown(interval: Interval) -> dict[str, Any]:
+def shown(interval: Interval) -> dict[str, Any]:
     return {
         "estimate": round(interval.estimate, 6),
         "low": round(interval.low, 6),
