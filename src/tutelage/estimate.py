@@ -5,6 +5,7 @@ figures are upper bounds. Minutes are floating-point operations at a rate a CPU 
 reach. What an `sft` step learns from is told by mode, from its data's own text where it is there.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,16 +14,16 @@ from pathlib import Path
 
 from tutelage.core.artifact import open_artifact
 from tutelage.core.errors import RecipeError
-from tutelage.data.identity import source_files
+from tutelage.data.identity import local_files, source_files
 from tutelage.graph import Node
 from tutelage.models.new import parameter_count
 from tutelage.models.source import locate
 from tutelage.pipeline import Planned
 from tutelage.recipe.base import Step
 from tutelage.recipe.curation import Curate, Data, Difficulty, Funnel, Magpie
-from tutelage.recipe.evaluation import Evaluate
+from tutelage.recipe.evaluation import Evaluate, Task
 from tutelage.recipe.tables import Export, ModelSource, New, Prune, Rollout, Score, Synthesize
-from tutelage.recipe.training import Distill, Sft
+from tutelage.recipe.training import Distill, Online, Sft
 from tutelage.store import Store
 from tutelage.train.curriculum_forecast import (
     ANY_MODE,
@@ -41,8 +42,14 @@ ANSWER_SHARE = 0.7
 """Of `max_tokens`, where nothing better is known."""
 TARGET_BYTES = 40
 """A stored target token, its sampled id and log-probs."""
+HUB_ITEMS = 1_319
+"""Items of a task on the Hub without a limit: as many as GSM8K has."""
 OPERATIONS = {"decode": 2, "read": 2, "train": 6}
 """Floating-point operations per parameter and token: forward 2, backward 4."""
+
+
+PAGES = ("report", "ablation")
+"""Stages that read what models did, and run none."""
 
 
 @dataclass(frozen=True)
@@ -138,13 +145,10 @@ def _guess(step: Step, inputs: Mapping[str, Estimate], models: Mapping[str, _Mod
         targets = inputs["targets"]
         tokens = targets.decoded + targets.rows * PROMPT_TOKENS
         return _training(step, targets.rows, tokens * step.epochs, model)
+    if isinstance(step, Online):
+        return _online(step, inputs["prompts"].rows, model, models["teacher"])
     if isinstance(step, Evaluate):
-        rows, count = inputs["prompts"].rows, len(step.models)
-        decoded = int(rows * step.max_tokens * ANSWER_SHARE) * (count + 2)
-        return Estimate(
-            rows, decoded=decoded, read=2 * count * rows * (PROMPT_TOKENS + step.max_tokens),
-            memory_bytes=int(model.bytes * 2.6),
-        )  # fmt: skip
+        return _evaluated(step, inputs, max(m.bytes for m in models.values()))
     if isinstance(step, Export):
         return Estimate(
             step.questions, decoded=step.questions * step.max_tokens * len(step.formats),
@@ -153,6 +157,49 @@ def _guess(step: Step, inputs: Mapping[str, Estimate], models: Mapping[str, _Mod
     if isinstance(step, Prune):
         return Estimate(disk_bytes=model.bytes, memory_bytes=int(model.bytes * 2))
     return Estimate()
+
+
+def _online(step: Online, prompts: int, student: _Model, teacher: _Model) -> Estimate:
+    steps = math.ceil(step.epochs * prompts / step.prompts_a_step)
+    steps = min(steps, step.max_steps) if step.max_steps else steps
+    answers = steps * step.prompts_a_step * step.samples
+    decoded = int(answers * step.max_tokens * ANSWER_SHARE)
+    seen = decoded + answers * PROMPT_TOKENS
+    return Estimate(
+        prompts, decoded=decoded, read=seen, trained=seen, disk_bytes=student.bytes,
+        memory_bytes=int(student.bytes * 5 + teacher.bytes * 1.6),
+    )  # fmt: skip
+
+
+def _evaluated(step: Evaluate, inputs: Mapping[str, Estimate], largest: int) -> Estimate:
+    """Distance to the teacher, tests and tasks together; a choice counts as an answer."""
+    held_out = inputs["prompts"].rows if step.teacher else 0
+    count = len(step.models)
+    # Of the teacher, a sampled answer and a greedy one; of each model, a greedy one.
+    decoded = held_out * step.max_tokens * (count + 2)
+    read = 2 * count * held_out * (PROMPT_TOKENS + step.max_tokens)
+    tests = sum(estimate.rows for role, estimate in inputs.items() if role.startswith("tests."))
+    times = sum(step.samples if temperature else 1 for temperature in step.temperatures)
+    decoded += count * tests * times * step.max_tokens
+    items = [_items(task) for task in step.tasks]
+    for task, number in zip(step.tasks, items, strict=True):
+        decoded += count * number * (task.max_tokens or step.max_tokens)
+        read += count * number * (1 + task.shots) * PROMPT_TOKENS
+    return Estimate(
+        held_out + tests + sum(items), decoded=int(decoded * ANSWER_SHARE), read=read,
+        memory_bytes=int(largest * (2.6 if step.teacher else 1.6)),
+    )  # fmt: skip
+
+
+def _items(task: Task) -> int:
+    """Its rows, where they are in files here; those on the Hub are not counted for an estimate."""
+    rows = HUB_ITEMS
+    if task.source:
+        from tutelage.records import count_rows  # imports pyarrow, which a plan rarely needs
+
+        paths = local_files(task.source)
+        rows = _lines(paths) + count_rows([p for p in paths if p.suffix == ".parquet"])
+    return min(rows, task.limit) if task.limit else rows
 
 
 def _sft(
@@ -235,6 +282,8 @@ def _answer_tokens(step: Magpie | Difficulty | Synthesize | Rollout) -> float:
 
 def _timed(guess: Estimate, stage: str, models: Mapping[str, _Model]) -> Estimate:
     parameters = max((model.parameters for model in models.values()), default=0)
+    if stage in PAGES:
+        return guess
     if models and not parameters:
         return replace(guess, minutes=None)
     work = {"decode": guess.decoded, "read": guess.read, "train": guess.trained}

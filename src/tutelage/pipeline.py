@@ -27,9 +27,11 @@ from tutelage.core.lock import file_lock
 from tutelage.core.progress import Reporter
 from tutelage.core.provenance import provenance
 from tutelage.data.identity import data_identity
+from tutelage.evals.benchmarks import lm_eval_name
 from tutelage.graph import Node, build, identities
 from tutelage.models import source as models
 from tutelage.recipe.base import Step
+from tutelage.recipe.evaluation import Evaluate
 from tutelage.recipe.load import Variant
 from tutelage.recipe.tables import New
 from tutelage.store import Store
@@ -80,10 +82,11 @@ class _Run:
 def plan(variants: Sequence[Variant], store: Store, *, until: str = "") -> list[Planned]:
     """Every step in the order it would run, with its status and the reasons for it.
 
-    Raises RecipeError on a graph that cannot be, ModelError when a student and its teacher have
-    different vocabularies.
+    Raises RecipeError on a graph that cannot be or a task that is unknown, ModelError when a
+    student and its teacher have different vocabularies.
     """
     nodes = build(variants, until=until)
+    _check_tasks(nodes)
     outside = {
         node.name: models.locate(node.source, memo=store.memo) for node in nodes if node.source
     }
@@ -139,6 +142,16 @@ def _changes(node: Node, old: Mapping[str, Any], new: Mapping[str, Any]) -> list
     return lines
 
 
+def _check_tasks(nodes: Sequence[Node]) -> None:
+    """A misspelt task must not be found after hours of training, when it is asked."""
+    for node in nodes:
+        for task in node.step.tasks if isinstance(node.step, Evaluate) else ():
+            try:
+                lm_eval_name(task.name)
+            except TutelageError as error:
+                raise type(error)(f"steps.{node.name}.tasks: {error}") from None
+
+
 def _check_vocabularies(nodes: Sequence[Node], outside: Mapping[str, models.External]) -> None:
     """Teacher and student must share ids: refuse a pair before anything is spent on it."""
     by_name = {node.name: node for node in nodes}
@@ -149,12 +162,15 @@ def _check_vocabularies(nodes: Sequence[Node], outside: Mapping[str, models.Exte
         return root(above) if above else node
 
     for node in nodes:
-        if node.stage not in ("score", "evaluate", "distill"):
+        if node.stage not in ("score", "evaluate", "distill", "online"):
             continue
         read = by_name[node.inputs["targets"]] if node.stage == "distill" else node
-        teacher = read.inputs.get("teacher") or read.inputs["model"]  # a converted store's
+        # A converted store names no teacher but whose ids it holds; an evaluation may have none.
+        teacher = read.inputs.get("teacher") or read.inputs.get("model")
+        if teacher is None:
+            continue
         students = [name for role, name in node.inputs.items() if role.startswith("models.")]
-        if node.stage == "distill":
+        if node.stage in ("distill", "online"):
             students.append(node.inputs["model"])
         if "rollouts" in node.inputs:
             students.append(by_name[node.inputs["rollouts"]].inputs["model"])

@@ -505,3 +505,19 @@ def test_drop_gives_an_answer_the_share_of_words_that_are_right(
     }  # fmt: skip
     result = Fake(chat, [answer]).run(local("drop", [row]))
     assert scores(result) == [score]
+
+
+@pytest.mark.parametrize(("closed", "ended"), [(True, "choice"), (False, "length")])
+def test_a_choice_whose_chain_was_cut_off_counts_as_cut_off(
+    chat: ChatFormat, local: Callable[..., Task], closed: bool, ended: str
+) -> None:
+    class Cut(Fake):
+        def generate(self, prompts, max_tokens: int, temperature: float) -> Any:
+            text = "I think" + (" so.\n</think>\n\nIt is" if closed else "")
+            ids = chat.tokenizer.encode(text, add_special_tokens=False)
+            return [(ids, "length") for _ in prompts]
+
+    task = local("cmmlu_agronomy")
+    result = Cut(chat, [""] * 3).run(task, mode="reasoning")
+    assert {item.finish_reason for item in result.items} == {ended}
+    assert result.items[0].thinking == ("I think so." if closed else "I think")

@@ -21,7 +21,14 @@ from tutelage import pipeline
 from tutelage.cli.app import main
 from tutelage.core import files
 from tutelage.core.artifact import Artifact, WorkDir, verify
-from tutelage.core.errors import ArtifactError, DataError, EngineError, ModelError, TutelageError
+from tutelage.core.errors import (
+    ArtifactError,
+    DataError,
+    EngineError,
+    ModelError,
+    RecipeError,
+    TutelageError,
+)
 from tutelage.core.lock import file_lock
 from tutelage.core.progress import Reporter
 from tutelage.estimate import estimate
@@ -412,6 +419,118 @@ def test_equal_tokenizers_with_other_numbers_of_logits_are_refused(project: Proj
         project.plan()
 
 
+def test_an_online_student_must_share_its_teachers_vocabulary(project: Project) -> None:
+    (project.folder / "other").rename(project.folder / "old")
+    write_model(project.folder / "other", ids=7)
+    text = project.recipe.read_text()
+    project.recipe.write_text(
+        text + '[steps.fresh]\nstage = "online"\nmodel = "tuned"\nteacher = "other"\n'
+        'prompts = "rows"\nmode = "fast"\n'
+    )
+    with pytest.raises(ModelError, match=r"steps\.fresh: m and its teacher other have different"):
+        project.plan()
+
+
+EVALUATED = """
+[steps.fresh]
+stage = "online"
+model = "tuned"
+teacher = "m"
+prompts = "rows"
+mode = "fast"
+max_tokens = 100
+prompts_a_step = 2
+[steps.scores]
+stage = "evaluate"
+models = ["m", "tuned", "fresh"]
+tests = ["rows"]
+max_tokens = 100
+temperatures = [0.0, 0.8]
+samples = 3
+tasks = [
+  { name = "gsm8k", source = "./sums.jsonl" },
+  { name = "mgsm_en", source = "./sums.jsonl", limit = 2, max_tokens = 10 },
+]
+[steps.table]
+stage = "ablation"
+scores = ["scores"]
+arms = { fresh = { label = "Online", start = "tuned" } }
+"""
+
+
+@pytest.fixture
+def evaluated(project: Project) -> Project:
+    pytest.importorskip("lm_eval", reason="pip install tutelage[evals]")
+    project.recipe.write_text(project.recipe.read_text() + EVALUATED)
+    (project.folder / "sums.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n' * 5)
+    return project
+
+
+def test_a_plan_tells_what_tests_tasks_and_online_steps_would_cost(evaluated: Project) -> None:
+    found = estimate(list(evaluated.plan().values()), evaluated.store)
+    scores = found["scores"]
+    assert scores.rows == 1 + 5 + 2
+    # three models, 0.7 of max_tokens: one row once greedy and three times sampled, then the tasks
+    assert scores.decoded == int(3 * (1 * 4 * 100 + 5 * 100 + 2 * 10) * 0.7)
+    assert scores.read == 3 * (5 + 2) * 64
+    assert scores.memory_bytes > 0
+    online = found["fresh"]
+    assert (online.rows, online.decoded) == (1, 140)  # one step of two answers
+    assert online.read == online.trained == 140 + 2 * 64
+    assert found["table"].minutes == 0.0
+
+
+def test_a_plan_with_tasks_imports_no_torch(evaluated: Project) -> None:
+    script = (
+        "import sys; from pathlib import Path; from tutelage import pipeline\n"
+        "from tutelage.estimate import estimate; from tutelage.recipe.load import load\n"
+        "from tutelage.store import Store\n"
+        f"store = Store(Path({str(evaluated.store.root)!r}))\n"
+        f"estimate(pipeline.plan(load(Path({str(evaluated.recipe)!r})), store), store)\n"
+        "heavy = {'torch', 'transformers', 'lm_eval', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_other_rows_of_a_task_are_another_evaluation(evaluated: Project) -> None:
+    evaluated.run()
+    path = evaluated.folder / "sums.jsonl"
+    path.write_text(path.read_text().replace("1 + 1", "1 + 2"))
+    planned = evaluated.plan()
+    assert planned["scores"].status == planned["table"].status == "run"
+    assert planned["fresh"].status == "cached"
+    assert any("gsm8k.source" in reason for reason in planned["scores"].reasons)
+
+
+def test_another_lm_eval_is_another_evaluation(
+    evaluated: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = evaluated.plan()["scores"].fingerprint
+    monkeypatch.setattr("tutelage.data.identity._version", lambda package: "9.9")
+    assert evaluated.plan()["scores"].fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error", "said"),
+    [
+        ('"gsm8k"', '"gsm8kk"', RecipeError,
+         "steps.scores.tasks: there is no task 'gsm8kk'; did you mean 'gsm8k'?"),
+        ('"gsm8k", source = "./sums', '"gsm8k", source = "./gone', DataError, "no such file"),
+    ],
+)  # fmt: skip
+def test_a_wrong_task_is_told_in_the_plan(
+    evaluated: Project, old: str, new: str, error: type[TutelageError], said: str
+) -> None:
+    evaluated.edit(old, new)
+    with pytest.raises(error) as caught:
+        evaluated.plan()
+    assert said in str(caught.value)
+
+
 def test_vocabularies_of_one_size_with_other_tokens_are_refused(project: Project) -> None:
     project.edit('teacher = "m"', 'teacher = "other"')
     (project.folder / "other").rename(project.folder / "old")
@@ -459,7 +578,7 @@ def test_a_step_that_another_process_makes_is_waited_for_not_made_twice(
     rows = planned["rows"]
     with file_lock(project.store.lock("data", rows.fingerprint), wait=False) as held:
         assert held
-        state = pipeline._Run("fake", project.store, QUIET, "cpu", 1, planned)
+        state = pipeline._Run("fake", project.store, QUIET, "cpu", 1, "bubblewrap", planned)
         assert not pipeline._try(state, "rows", wait=False)
         assert project.calls == []
     assert pipeline._try(state, "rows", wait=False)

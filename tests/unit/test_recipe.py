@@ -93,7 +93,8 @@ def test_a_step_without_a_seed_is_given_none(path: Path) -> None:
     ("old", "new", "said"),
     [
         ("lr = 1e-5", "lrr = 1e-5", "steps.tuned.lrr: unknown key; did you mean 'lr'?"),
-        ("lr = 1e-5", "qqqq = 1", "steps.tuned.qqqq: unknown key; known: batch_tokens, "),
+        ("lr = 1e-5", "qqqq = 1",
+         "steps.tuned.qqqq: unknown key; known: batch_examples, batch_tokens, "),
         ("seed = 17", "sead = 17", "sead: unknown key; did you mean 'seed'?"),
         ('source = "owner/name"', 'sourse = "owner/name"',
          "models.m.sourse: unknown key; did you mean 'source'?"),
@@ -120,6 +121,15 @@ def test_a_step_without_a_seed_is_given_none(path: Path) -> None:
          "models.m: trust_remote_code = true needs a pinned revision"),
         ('source = "owner/name"', 'source = "o/n"\ndrop_layers = 1\nkeep_layers = [0]',
          "models.m: drop_layers and keep_layers exclude each other"),
+        ("[steps.answers]", '[steps.e]\nstage = "evaluate"\nmodels = ["m"]\n'
+         'tasks = [{ name = "gsm8k", sauce = "x" }]\n[steps.answers]',
+         "steps.e.tasks.0.sauce: unknown key; did you mean 'source'?"),
+        ("[steps.answers]", '[steps.e]\nstage = "ablation"\nscores = ["s"]\n'
+         '[steps.e.arms.tuned]\nlabel = "Tuned"\nstrat = "m"\n[steps.answers]',
+         "steps.e.arms.tuned.strat: unknown key; did you mean 'start'?"),
+        ("[steps.answers]", '[steps.e]\nstage = "ablation"\nscores = ["s"]\narms = {}\n'
+         '[[steps.e.claims]]\ntext = "t"\nbeter = "tuned"\n[steps.answers]',
+         "steps.e.claims.0.beter: unknown key; did you mean 'better'?"),
         ('name = "r"', 'name = "../r"', "name: String should match pattern"),
         ('name = "r"', "name = ", "not TOML"),
         ("seed = 17", "seed = 17\n[matrix]\nseed = 3", "[matrix] maps keys to lists"),
@@ -203,6 +213,29 @@ def test_relative_sources_are_taken_from_the_recipes_folder(path: Path, source: 
     (path.parent / "rows.jsonl").write_text("{}")
     found = steps(changed(path, "bundled:prompts", source))["rows"].sources[0].source
     assert found == str(path.parent / source)
+
+
+def test_the_files_of_tasks_and_of_what_must_not_be_learnt_are_beside_the_recipe(
+    path: Path,
+) -> None:
+    path.write_text(
+        path.read_text()
+        + '[steps.e]\nstage = "evaluate"\nmodels = ["m"]\n'
+        + 'tasks = [{ name = "gsm8k", source = "./a.jsonl", shots_source = "b/*.jsonl" }, "drop"]\n'
+        + '[steps.c]\nstage = "curate"\ndata = ["rows"]\n'
+        + 'decontaminate = [{ source = "./a.jsonl" }]\n'
+    )
+    found = steps(path)
+    own, hub = found["e"].tasks
+    assert own.source == found["c"].decontaminate[0].source == str(path.parent / "a.jsonl")
+    assert own.shots_source == str(path.parent / "b/*.jsonl")
+    assert (hub.source, hub.shots_source) == ("", "")
+
+
+def test_a_new_model_is_not_taken_for_a_folder_of_that_name(path: Path) -> None:
+    (path.parent / "new").mkdir()
+    table = 'source = "new"\nnew = { data = ["rows"] }'
+    assert load(changed(path, 'source = "owner/name"', table))[0].recipe.models["m"].source == "new"
 
 
 @pytest.mark.parametrize("source", ["bundled:prompts", "hub:owner/name", "task:chain_sum"])

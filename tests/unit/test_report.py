@@ -243,6 +243,7 @@ def test_every_figure_of_the_table_is_the_one_in_scores_json(
         for key, kind in (("forward_kl", "nats"), ("agreement", "share")):
             if key in entry["metrics"]:
                 shown = figures.figure(entry["metrics"][key], kind)
+                assert shown
                 assert f">{shown.text}</data><small>{shown.interval}</small>" in page
 
 
@@ -416,6 +417,98 @@ def test_an_interval_that_holds_zero_is_said_to(tmp_path: Path) -> None:
     text = Outline(written(tmp_path, make.made)).text
     assert "−0.010 [−0.030, 0.010], does not exclude 0." in text
     assert "the interval includes 0" in text
+
+
+def graded(estimate: float | None, low: float | None, high: float | None) -> dict[str, Any]:
+    return {"estimate": estimate, "low": low, "high": high, "n": 40}
+
+
+def graded_scores(models: Mapping[str, Artifact], test: str) -> dict[str, Any]:
+    """`scores.json` of an evaluation without a teacher: a data step's test, and a task."""
+    marks = {name: artifact.fingerprint for name, artifact in models.items()}
+    entries = [
+        {"role": f"models.{i}", "fingerprint": mark, "warnings": [f"Careful {MARKUP}"] if i else [],
+         "metrics": {"accuracy": graded(0.25 * i, 0.1 * i, 0.4 * i),
+                     "answer_tokens": graded(9, 8, 10),
+                     "pass@4": graded(0.75, 0.7, 0.8), "pass@10": graded(0.85, 0.8, 0.9),
+                     "truncated_share": graded(0.125, 0.1, 0.2), "empty_share": graded(0, 0, 0.1),
+                     "fast_thinking_share": graded(0.5, 0.4, 0.6),
+                     "tokens_per_correct": graded(36.0 if i else None, 20.0 if i else None, None)}}
+        for i, mark in enumerate(marks.values())
+    ]  # fmt: skip
+    of = {"model": marks["distill"], "against": marks["start"]}
+    differences = [
+        {"metric": "accuracy", **of, **graded(0.25, 0.05, 0.4), "p": 0.013, "test": "mcnemar",
+         "only_a": 12, "only_b": 2, "p_holm": 0.026},
+        {"metric": "answer_tokens", **of, **graded(0, -1, 1), "p": 0.9, "test": "paired bootstrap",
+         "p_holm": 0.9},
+    ]  # fmt: skip
+    common = {"mode": "fast", "items": 40, "models": entries, "differences": differences}
+    task = {"lm_eval_task": "gsm8k", "version": "3.0", "metric": "exact_match", "shots": 5,
+            "filter": "flexible-extract", "lm_eval": "0.4.9"}  # fmt: skip
+    return {
+        "mode": "fast", "models": [], "differences": [],
+        "tests": [
+            {"test": test, "temperature": 0.7, **common},
+            {"test": "gsm8k", "temperature": 0.0, "task": task, **common},
+        ],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def graded_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("graded")
+    make = Maker(folder)
+    models = {
+        "start": make.step("start", "sft", {}),
+        "distill": make.step("distill", "distill", {}),
+    }
+    sums = make.step("sums", "data", {})
+    make.step(
+        "scores", "evaluate", {"models.0": "start", "models.1": "distill", "tests.0": "sums"},
+        files={"scores.json": graded_scores(models, sums.fingerprint)},
+    )  # fmt: skip
+    return written(folder, make.made)
+
+
+def test_tests_without_a_teacher_have_a_table_each(graded_page: str) -> None:
+    text = " ".join(Outline(graded_page).text.split())
+    assert "sums 40 items, fast mode, temperature 0.7" in text
+    assert (
+        "gsm8k 40 items, fast mode, greedy, 5 shots, score: exact_match (flexible-extract), task "
+        "version 3.0, lm-eval 0.4.9" in text
+    )
+    assert "held-out prompts" not in text
+    assert re.search(r"Accuracy.*pass@4.*pass@10.*Answer length.*Tokens a correct", text)
+
+
+def test_a_figure_that_is_not_defined_is_a_dash(graded_page: str) -> None:
+    row = re.search(r"<tr><th>start</th>\s*(<td class=\"cell.*?)</tr>", graded_page, re.DOTALL)
+    assert row
+    assert row.group(1).rstrip().endswith("–</td>")
+    assert "36.0</data><small>[20.0, –]</small>" in graded_page
+
+
+def test_differences_of_a_test_tell_p_and_what_stays_of_it_among_many(graded_page: str) -> None:
+    text = Outline(graded_page).text.replace("\xa0", " ")
+    assert (
+        "Accuracy, distill against start: 25.0 % [5.0 %, 40.0 %] (p = 0.013; p = 0.026 among all "
+        "comparisons of the table (Holm); McNemar: 12 items only distill, 2 only start got right; "
+        "the interval excludes 0)" in text
+    )
+
+
+def test_without_a_teacher_the_headline_is_the_first_test(graded_page: str) -> None:
+    text = Outline(graded_page).text.replace("\xa0", " ")
+    assert (
+        "Accuracy on 40 items of sums in fast mode: 0.0 % [0.0 %, 0.0 %] (start), then 25.0 % "
+        "[10.0 %, 40.0 %] (distill)." in text
+    )
+
+
+def test_warnings_of_a_test_are_shown_and_never_act(graded_page: str) -> None:
+    assert "<script" not in graded_page
+    assert f"distill: Careful {MARKUP}" in Outline(graded_page).text
 
 
 def test_a_table_that_is_no_json_is_named(tmp_path: Path) -> None:

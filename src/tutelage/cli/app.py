@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tutelage import __version__, jobs, pipeline
 from tutelage.cli import benches, display, look, runs, stores
+from tutelage.cli.evaluate import evaluate
 from tutelage.cli.options import (
     STORE,
     AllowUnsandboxed,
@@ -176,6 +177,12 @@ def report(
     path = out or store / "runs" / name / "report.html"
     write_page(path, name, artifacts)
     typer.echo(f"Wrote {path}")
+
+
+app.command(
+    epilog="Example: tutelage evaluate distilled --tasks gsm8k,mgsm_zh --file gsm8k=rows.jsonl "
+    "--limit 100"
+)(evaluate)
 
 
 @models_app.command("list", epilog="Example: tutelage models list")

@@ -10,6 +10,7 @@ from tutelage.core.errors import DataError
 from tutelage.core.hashes import remembered_sha256
 from tutelage.recipe.base import Step
 from tutelage.recipe.curation import Data, DataSource, Funnel
+from tutelage.recipe.evaluation import Evaluate, Task
 from tutelage.recipe.tables import Convert
 from tutelage.tasks import TASKS
 
@@ -51,6 +52,8 @@ def data_identity(step: Step, *, memo: Path) -> dict[str, Any]:
 
     sha256 of files; the version of the package behind a task.
     """
+    if isinstance(step, Evaluate):
+        return _tasks_identity(step.tasks, memo)
     if isinstance(step, Convert):
         files = local_files(step.source)
         beside = files[0].parent / CAPTURE_SETTINGS
@@ -78,6 +81,18 @@ def _identity(source: DataSource, memo: Path) -> dict[str, Any]:
     if source.source.startswith("hub:"):
         return {"hub": source.source, "revision": source.revision or "main"}
     return {"sha256": _hashes(source.source, source_files(source), memo)}
+
+
+def _tasks_identity(tasks: Sequence[Task], memo: Path) -> dict[str, Any]:
+    """Content of the tasks' local rows; lm-eval, which words the prompts and keeps the score."""
+    if not tasks:
+        return {}
+    found: dict[str, Any] = {"lm_eval": _version("lm_eval")}
+    for task in tasks:
+        for key in ("source", "shots_source"):
+            if name := getattr(task, key):
+                found[f"{task.name}.{key}"] = {"sha256": _hashes(name, local_files(name), memo)}
+    return found
 
 
 def _hashes(name: str, files: Sequence[Path], memo: Path) -> list[str]:

@@ -73,11 +73,9 @@ class Answerer:
         self, sequences: Sequence[Scorable], *, on_tokens: Callable[[int], None]
     ) -> list[np.ndarray]:
         """Log-probability of every response token (nats, temperature 1, float32)."""
-        scorer = TransformersScorer(
-            self._loaded.model, device=str(self._loaded.device), chunk_bytes=CHUNK_BYTES
-        )
         marks = [self._mark("logps", s.prompt_ids, list(s.response_ids)) for s in sequences]
         found: dict[int, np.ndarray] = {}
+        scorer: TransformersScorer | None = None
         with self._open() as memory:
             for index, mark in enumerate(marks):
                 if row := memory.get(mark):
@@ -85,6 +83,10 @@ class Answerer:
                     on_tokens(len(found[index]))
             missing = [index for index in range(len(sequences)) if index not in found]
             for chunk in _chunks(missing, 4 * CHUNK_ROWS):
+                # Made when it is needed: it tries the model's head, which costs a forward pass.
+                scorer = scorer or TransformersScorer(
+                    self._loaded.model, device=str(self._loaded.device), chunk_bytes=CHUNK_BYTES
+                )
                 fresh = scorer.label_logps([sequences[i] for i in chunk], on_tokens=on_tokens)
                 found.update(zip(chunk, fresh, strict=True))
                 memory.put({marks[i]: (b"", _bytes(found[i], np.float32), "") for i in chunk})

@@ -2,7 +2,8 @@
 
 Owns the names, what the rows of a published file must become for a task, and which of the task's
 metrics is its score. How a model is asked and judged is `harness`' affair. Imports neither lm_eval
-nor torch: a name is looked up in the text of lm_eval's index, which takes a second and not six.
+nor torch: a name is looked up in the text of lm_eval's index, which takes a second and not six; and
+pyarrow only for rows, so that a plan, which asks for names, needs none of the three.
 """
 
 import csv
@@ -16,9 +17,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tutelage.core.errors import DataError, RecipeError
 from tutelage.recipe.evaluation import Task
@@ -218,6 +216,9 @@ def _files(pattern: str, task: str) -> list[Path]:
 
 
 def _rows(path: Path, form: _Form) -> Iterator[tuple[str, Row]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     suffix = path.suffix.lower()
     try:
         if suffix == ".parquet":

@@ -61,7 +61,7 @@ class Grading:
         """
         first = [self._at_once(name, one) for one in given]
         jobs = [one for one in first if isinstance(one, Job)]
-        judged = self._started().map(jobs) if jobs else iter(())
+        judged = self.started().map(jobs) if jobs else iter(())
         return [verdict_of(next(judged)) if isinstance(one, Job) else one for one in first]
 
     def check(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -71,7 +71,7 @@ class Grading:
         them.
         """
         if any(resolved(name, row) == CODE for row in rows):
-            self._started()
+            self.started()
 
     def gold_faults(self, name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """For each row why the grader turns its own gold answer down, or "".
@@ -98,7 +98,8 @@ class Grading:
         except Exception as error:  # as in `graders.grade`
             return raised(error)
 
-    def _started(self) -> Sandbox | Unsafe:
+    def started(self) -> Sandbox | Unsafe:
+        """The pool, entered: for a task that brings programs of its own. Raises as `check`."""
         pool = self._pool or SANDBOXES[self.sandbox](self.limits, self.workers).__enter__()
         self._pool = pool
         return pool

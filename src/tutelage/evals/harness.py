@@ -46,7 +46,7 @@ class Item:
     reason: str
     tokens: int
     finish_reason: str
-    """stop, length, or choice: nothing was decoded but a chain."""
+    """stop, length, or choice: nothing was decoded but a chain, which was closed."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,16 @@ def run_task(
             bootstrap_iters=0, apply_chat_template=True, confirm_run_unsafe_code=True,
         )  # fmt: skip
     return _result(task, tasks, found, model.answered)
+
+
+def runs_code(task: Task) -> bool:
+    """Whether a task wants a sandbox; its names, files and rows are checked on the way.
+
+    Raises as `run_task` does before it asks a model.
+    """
+    from tutelage.evals.harness_model import CodeTask
+
+    return any(isinstance(one, CodeTask) for one in _built(task, seed=0))
 
 
 def gold_answers(task: Task) -> list[str | None]:

@@ -61,6 +61,7 @@ class Answered:
     tokens: int = 0
     """Decoded, chain included."""
     finish_reason: str = "choice"
+    """stop, length (of a choice: its chain was cut off), or choice."""
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,11 @@ class ChatModel(LM):
             ids, mode = self.chat.prompt_ids(messages, self.mode), self.mode
             answered = Answered(messages[-1]["content"] + (f"\n\n{opening}" if opening else ""))
             if thinks_first[context]:
-                chain, spent = chains[context]
+                chain, spent, ended = chains[context]
                 ids, mode = ids + self.chat.chain_ids(chain), "fast"
-                answered = replace(answered, thinking=chain or None, tokens=spent)
+                answered = replace(
+                    answered, thinking=chain or None, tokens=spent, finish_reason=ended
+                )
             opened[context] = _Opened(ids + self.chat.opening_ids(opening), mode, answered)
         return [opened[context] for context in contexts]
 
@@ -181,16 +184,21 @@ class ChatModel(LM):
 
     def _chains(
         self, contexts: Sequence[str], asked: Mapping[str, tuple[list[Message], str]]
-    ) -> dict[str, tuple[str, int]]:
-        """(Chain, tokens spent on it and on the answer that is dropped) of each context."""
+    ) -> dict[str, tuple[str, int, str]]:
+        """(Chain, tokens spent on it and on the answer that is dropped, how it ended) of each.
+
+        It ended in "length" where it was cut off before it was closed, else in "choice".
+        """
         if not contexts:
             return {}
         prompts = [self.chat.prompt_ids(asked[context][0], "reasoning") for context in contexts]
         made = self._generate(prompts, self.max_tokens, 0.0)
-        return {
-            context: (self.chat.decode_response(ids, "reasoning")[0] or "", len(ids))
-            for context, (ids, _) in zip(contexts, made, strict=True)
-        }
+        found = {}
+        for context, (ids, ended) in zip(contexts, made, strict=True):
+            chain, rest = self.chat.decode_response(ids, "reasoning")
+            cut = ended == "length" and not rest.strip()
+            found[context] = chain or "", len(ids), "length" if cut else "choice"
+        return found
 
     def _answers(
         self, opened: Sequence[_Opened], temperatures: Sequence[float]

@@ -126,6 +126,7 @@ class Difficulty(Step):
     """How hard each row is for a student, from 0 (always solved) to 1 (never)."""
 
     produces: ClassVar[str] = "conversations"
+    version: ClassVar[int] = 2
     stage: Literal["difficulty"]
     model: ModelRef
     data: ConversationsRef

@@ -82,6 +82,9 @@ class Evaluate(Step):
             raise ValueError("teacher and prompts go together: the distance to one on the other")
         if not (self.prompts or self.tests or self.tasks):
             raise ValueError("give prompts with a teacher, tests, or tasks")
+        names = [task.name for task in self.tasks]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the task {twice[0]} stands there twice: take another step for it")
         most = self.samples if any(self.temperatures) else 1
         if wrong := [k for k in self.pass_at if k > most]:
             raise ValueError(f"pass@{wrong[0]} needs as many samples at a temperature above 0")

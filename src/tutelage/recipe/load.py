@@ -13,7 +13,16 @@ from pydantic import ValidationError
 from tutelage.core.errors import RecipeError
 from tutelage.recipe.base import Table
 from tutelage.recipe.curation import Columns, DataSource
+from tutelage.recipe.evaluation import Arm, Claim, Task
 from tutelage.recipe.tables import STEP_TYPES, ModelSource, Recipe, Runtime
+
+NEW = "new"
+"""The `source` of a model that is made from nothing."""
+TABLES_BELOW: Mapping[str, type[Table]] = {
+    "columns": Columns, "sources": DataSource, "decontaminate": DataSource, "tasks": Task,
+    "claims": Claim, "arms": Arm,
+}  # fmt: skip
+"""Tables inside a step by the key they stand under, the innermost first."""
 
 
 @dataclass(frozen=True)
@@ -98,32 +107,47 @@ def _value(text: str) -> Any:
 
 def _anchored(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Relative source paths, made relative to the recipe's folder instead of the shell's."""
-
-    def fixed(table: Any) -> Any:
-        if not isinstance(table, dict) or not isinstance(table.get("source"), str):
-            return table
-        source = Path(table["source"]).expanduser()
-        is_local = (
-            table["source"].startswith((".", "~"))
-            or (folder / source).exists()
-            or (":" not in table["source"] and any(sign in table["source"] for sign in "*?["))
-        )
-        return {**table, "source": str(folder / source)} if is_local else table
-
     models = raw.get("models", {})
     steps = raw.get("steps", {})
     if not isinstance(models, dict) or not isinstance(steps, dict):
         return raw
     return {
         **raw,
-        "models": {name: fixed(table) for name, table in models.items()},
-        "steps": {
-            name: {**fixed(step), "sources": [fixed(s) for s in step["sources"]]}
-            if isinstance(step, dict) and isinstance(step.get("sources"), list)
-            else fixed(step)
-            for name, step in steps.items()
-        },
+        "models": {name: _fixed(table, folder) for name, table in models.items()},
+        "steps": {name: _fixed_step(step, folder) for name, step in steps.items()},
     }
+
+
+def _fixed_step(step: Any, folder: Path) -> Any:
+    if not isinstance(step, dict):
+        return step
+    below = {
+        key: [_fixed(table, folder) for table in step[key]]
+        for key in ("sources", "decontaminate", "tasks")
+        if isinstance(step.get(key), list)
+    }
+    return {**_fixed(step, folder), **below}
+
+
+def _fixed(table: Any, folder: Path) -> Any:
+    if not isinstance(table, dict):
+        return table
+    found = {
+        key: str(folder / Path(table[key]).expanduser())
+        for key in ("source", "shots_source")
+        if isinstance(table.get(key), str) and _is_local(table[key], folder)
+    }
+    return {**table, **found}
+
+
+def _is_local(source: str, folder: Path) -> bool:
+    if source in ("", NEW):  # a folder `new` beside the recipe is `./new`
+        return False
+    return (
+        source.startswith((".", "~"))
+        or (folder / Path(source).expanduser()).exists()
+        or (":" not in source and any(sign in source for sign in "*?["))
+    )
 
 
 def _parse(raw: dict[str, Any], place: str) -> Recipe:
@@ -186,9 +210,8 @@ def _table_at(location: Sequence[str | int]) -> type[Table]:
     parts = [str(part) for part in location]
     if parts[0] == "steps" and len(parts) > 3:
         kind = STEP_TYPES[parts[2]]
-        if "sources" in parts[:-1]:
-            return Columns if "columns" in parts[:-1] else DataSource
-        return kind
+        below = next((key for key in TABLES_BELOW if key in parts[3:-1]), "")
+        return TABLES_BELOW.get(below, kind)
     return {"models": ModelSource, "runtime": Runtime}.get(
         parts[0] if len(parts) > 1 else "", Recipe
     )

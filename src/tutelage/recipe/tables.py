@@ -148,7 +148,7 @@ class Synthesize(Sampling):
     """The teacher answers prompts, in reasoning or in fast mode (stages 1 and 2 of the paper)."""
 
     produces: ClassVar[str] = "conversations"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     stage: Literal["synthesize"]
     teacher: ModelRef
     max_think_tokens: PositiveInt = 512

@@ -68,8 +68,15 @@ def p_value(value: float) -> str:
 WRITERS = {"nats": number, "share": share, "tokens": tenths, "plain": number}
 
 
-def figure(entry: Mapping[str, Any], kind: str) -> Figure:
-    """`{"estimate", "low", "high"}` as shown for a measure of this kind."""
+def figure(entry: Mapping[str, Any], kind: str) -> Figure | None:
+    """`{"estimate", "low", "high"}` as shown for a measure of this kind.
+
+    None where there is no estimate; a bound that is not defined is a dash.
+    """
+    if entry["estimate"] is None:
+        return None
     write = WRITERS[kind]
-    low, high = write(entry["low"]), write(entry["high"])
-    return Figure(entry["estimate"], write(entry["estimate"]), f"[{low}, {high}]")
+    bounds = [entry["low"], entry["high"]]
+    low, high = [MISSING if bound is None else write(bound) for bound in bounds]
+    interval = "" if bounds == [None, None] else f"[{low}, {high}]"
+    return Figure(entry["estimate"], write(entry["estimate"]), interval)

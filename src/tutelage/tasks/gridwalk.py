@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from tutelage.core.errors import DataError
+from tutelage.recipe.base import Share
 from tutelage.tasks.base import Item, LabTask, Problem, Range, TaskConfig, rising
 
 Cell = tuple[int, int]
@@ -37,6 +38,10 @@ class GridwalkConfig(TaskConfig):
     order: Literal["random", "rows-first", "columns-first"] = "random"
     """Of the gold way: any shortest one, each as likely; or the one that changes its row (by U, D)
     or its column (by L, R) wherever it can."""
+
+    detours: Share = 0.0
+    """Share of gold ways with one wrong move in them, made good at once where no shorter way leads
+    on: a teacher that learns from these knows what to do where a student went wrong."""
 
     @field_validator("distance")
     @classmethod
@@ -74,13 +79,15 @@ def solve(rng: np.random.Generator, problem: Problem, config: GridwalkConfig) ->
     start, goal, walls = problem.content
     away = distances(goal, size=config.size, walls=walls)
     moves = _shortest(rng, start, away, config.order)
+    if config.detours and rng.random() < config.detours:
+        moves = _with_detour(rng, start, moves, away, config.order)
     cells, here = [], start
     for move in moves:
         here = _after(here, move)
         cells.append(_text(here))
     meta = {
         "size": config.size, "start": list(start), "goal": list(goal),
-        "walls": [list(cell) for cell in walls], "shortest": len(moves), "slack": config.slack,
+        "walls": [list(cell) for cell in walls], "shortest": away[start], "slack": config.slack,
     }  # fmt: skip
     return Item(problem.prompt, " ".join(cells), moves, moves, "", meta)
 
@@ -135,6 +142,21 @@ def _shortest(rng: np.random.Generator, start: Cell, away: Mapping[Cell, int], o
         moves += move
         here = _after(here, move)
     return moves
+
+
+def _with_detour(
+    rng: np.random.Generator, start: Cell, moves: str, away: Mapping[Cell, int], order: str
+) -> str:
+    """The way up to some move, a move that leads away from the goal, and a shortest way on."""
+    keep = int(rng.integers(len(moves)))
+    here = start
+    for move in moves[:keep]:
+        here = _after(here, move)
+    wrong = [move for move in STEPS if away.get(_after(here, move), 0) == away[here] + 1]
+    if not wrong:  # no such move stays on the grid
+        return moves
+    move = wrong[int(rng.integers(len(wrong)))]
+    return moves[:keep] + move + _shortest(rng, _after(here, move), away, order)
 
 
 def _ways(away: Mapping[Cell, int]) -> dict[Cell, int]:

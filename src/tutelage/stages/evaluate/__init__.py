@@ -23,9 +23,10 @@ def run(config: Evaluate, inputs: Mapping[str, Artifact], work: WorkDir) -> dict
     programs must run and there is no sandbox.
     """
     models = several(inputs, "models")
-    distance = Distance(config, inputs, work) if config.teacher else None
     scores: dict[str, Any] = {"mode": config.mode, "models": [], "differences": [], "tests": []}
     with Tests(config, inputs, work) as tests:
+        tests.check(len(models))
+        distance = Distance(config, inputs, work) if config.teacher else None
         for index, model in enumerate(models):
             loaded = _once(model, work)
             if distance:
