@@ -7,7 +7,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STORE ?= work
 
-.PHONY: setup quickstart test unit check docs-check clean
+LABS := gridwalk curriculum modes codeout bilingual
+
+.PHONY: setup quickstart ablation test unit check docs-check clean
 
 setup: $(STAMP)
 
@@ -21,6 +23,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: setup
 	$(BIN)/tutelage run recipes/quickstart.toml --store $(STORE)
+
+# The paper's claims at lab scale: four recipes, each with a page of arms, costs and verdicts.
+ablation: setup
+	for lab in $(LABS); do $(BIN)/tutelage run recipes/lab-$$lab.toml --store $(STORE) || exit; done
 
 # Style, types and import layers, then every test: unit tests first, then those with real models.
 test: check

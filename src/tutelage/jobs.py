@@ -57,7 +57,8 @@ def run(
 
 def _with_one_job(variant: Variant) -> Variant:
     recipe = variant.recipe
-    runtime = recipe.runtime.model_copy(update={"jobs": 1})
+    workers = recipe.runtime.workers or max(1, (os.cpu_count() or 1) // recipe.runtime.jobs)
+    runtime = recipe.runtime.model_copy(update={"jobs": 1, "workers": workers})
     return replace(variant, recipe=recipe.model_copy(update={"runtime": runtime}))
 
 
@@ -72,7 +73,8 @@ def _in_processes(
     alone = [_with_one_job(variant) for variant in variants]
     with _environment(OMP_NUM_THREADS=str(threads)):  # torch reads it when a process imports it
         workers = [
-            context.Process(target=_work, args=(alone, store, until, messages), daemon=True)
+            # Not daemons, which may have no children: a data step has its own workers.
+            context.Process(target=_work, args=(alone, store, until, messages))
             for _ in range(jobs)
         ]
         for worker in workers:

@@ -152,3 +152,45 @@ def test_the_position_budget_keeps_the_first_tokens_of_an_answer() -> None:
     assert position_budget(10, first_tokens=2, first_share=0.3) == 2
     assert position_budget(3, first_tokens=2, first_share=0.3) == 1
     assert position_budget(30, first_share=0.1) == 3
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=60),
+    st.integers(8, 50), st.integers(1, 25), st.integers(0, 99),
+)  # fmt: skip
+def test_steps_counted_in_examples_have_every_example_once_and_equally_many(
+    lengths: list[int], pack_tokens: int, batch_examples: int, seed: int
+) -> None:
+    order = epoch_order(len(lengths), seed=seed, epoch=0)
+    steps = plan_steps(
+        lengths, order, pack_tokens=pack_tokens, batch_tokens=1, batch_examples=batch_examples
+    )
+    flat = [list(itertools.chain.from_iterable(step)) for step in steps]
+    assert list(itertools.chain.from_iterable(flat)) == order.tolist()
+    assert {len(step) for step in flat[:-1]} <= {batch_examples}
+    assert 1 <= len(flat[-1]) <= batch_examples
+    cut = [min(length, pack_tokens) for length in lengths]
+    for step in steps:
+        sizes = [sum(cut[i] for i in row) for row in step]
+        assert all(0 < size <= pack_tokens for size in sizes)
+        for size, after in zip(sizes, step[1:], strict=False):  # ends where the next does not fit
+            assert size + cut[after[0]] > pack_tokens
+
+
+def test_a_row_never_holds_examples_of_two_steps() -> None:
+    steps = plan_steps(
+        [1, 1, 1, 9, 1], np.arange(5), pack_tokens=9, batch_tokens=7, batch_examples=2
+    )
+    assert steps == [[[0, 1]], [[2], [3]], [[4]]]
+
+
+def test_two_lengths_of_answers_take_equally_many_steps_when_counted_in_examples() -> None:
+    order = epoch_order(40, seed=1, epoch=0)
+    short, long = (
+        plan_steps([length] * 40, order, pack_tokens=64, batch_tokens=64, batch_examples=8)
+        for length in (3, 50)
+    )
+    assert len(short) == len(long) == 5
+    for one, other in zip(short, long, strict=True):
+        assert sorted(itertools.chain(*one)) == sorted(itertools.chain(*other))

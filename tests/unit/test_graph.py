@@ -174,3 +174,106 @@ def test_the_order_of_a_list_of_inputs_counts(tmp_path: Path) -> None:
     first = known(build(variants(tmp_path, more, ('data = "rows"', 'data = ["rows", "more"]'))))
     second = known(build(variants(tmp_path, more, ('data = "rows"', 'data = ["more", "rows"]'))))
     assert fingerprint(first["tuned"]) != fingerprint(second["tuned"])
+
+
+# A page over all cells of a matrix
+
+LAB = """
+[steps.more]
+stage = "sft"
+model = "tuned"
+data = "rows"
+[steps.scores]
+stage = "evaluate"
+models = ["tuned", "distilled"]
+tests = ["rows"]
+[steps.lab]
+stage = "ablation"
+scores = ["scores"]
+arms.tuned = { label = "Tuned" }
+arms.distilled = { label = "Distilled", start = "tuned" }
+[steps.page]
+"""
+WITH_LAB = ("[steps.page]\n", LAB.lstrip())
+CELL = {"m", "small:source", "small", "rows", "tuned", "answers", "targets", "distilled", "scores"}
+
+
+def lab_of(nodes: list[Node]) -> Node:
+    (found,) = [node for node in nodes if node.stage == "ablation"]
+    return found
+
+
+def test_an_ablation_stands_once_over_all_cells_and_reads_all_behind_their_scores(
+    tmp_path: Path,
+) -> None:
+    both = variants(tmp_path, WITH_LAB, overrides=("matrix.seed=[1, 2]",))
+    lab = lab_of(build(both))
+    assert lab.name == "lab"
+    assert set(lab.inputs) == {f"{name}@seed={seed}" for name in CELL for seed in (1, 2)}
+    assert all(role == name for role, name in lab.inputs.items())
+
+
+def test_an_ablation_comes_after_the_last_cell(tmp_path: Path) -> None:
+    both = variants(tmp_path, WITH_LAB, overrides=("matrix.seed=[1, 2]",))
+    nodes = build(both)
+    order = [node.name for node in nodes]
+    assert order.index("lab") > max(order.index(name) for name in lab_of(nodes).inputs)
+
+
+def test_without_a_matrix_an_ablation_reads_the_one_cell_there_is(tmp_path: Path) -> None:
+    assert set(lab_of(build(variants(tmp_path, WITH_LAB))).inputs) == CELL
+
+
+def test_a_matrix_of_one_cell_gives_an_ablation_that_cell(tmp_path: Path) -> None:
+    one = variants(tmp_path, WITH_LAB, overrides=("matrix.seed=[7]",))
+    assert set(lab_of(build(one)).inputs) == {f"{name}@seed=7" for name in CELL}
+
+
+def test_until_an_ablation_keeps_what_it_reads_in_every_cell_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    both = variants(tmp_path, WITH_LAB, overrides=("matrix.seed=[1, 2]",))
+    names = {node.name for node in build(both, until="lab")}
+    assert names == {"lab"} | {f"{name}@seed={seed}" for name in CELL for seed in (1, 2)}
+
+
+def test_until_one_cell_of_a_step_leaves_the_other_cells_out(tmp_path: Path) -> None:
+    both = variants(tmp_path, WITH_LAB, overrides=("matrix.seed=[1, 2]",))
+    names = {node.name for node in build(both, until="scores@seed=2")}
+    assert names == {f"{name}@seed=2" for name in CELL}
+
+
+def test_a_seed_changes_the_ablation_and_a_seed_more_does_too(tmp_path: Path) -> None:
+    marks = set()
+    for seeds in ("[1]", "[2]", "[1, 2]"):
+        nodes = build(variants(tmp_path, WITH_LAB, overrides=(f"matrix.seed={seeds}",)))
+        marks.add(fingerprint(known(nodes)["lab"]))
+    assert len(marks) == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("arms.distilled =", "arms.distiled =",
+         "steps.lab.arms.distiled: no step or model 'distiled'; did you mean 'distilled'?"),
+        ('start = "tuned"', 'start = "tunde"',
+         "steps.lab.arms.distilled.start: no step or model 'tunde'; did you mean 'tuned'?"),
+        ('scores = ["scores"]', 'scores = ["score"]',
+         "steps.lab.scores: no step or model 'score'; did you mean 'scores'?"),
+        ('scores = ["scores"]', 'scores = ["tuned"]',
+         "steps.lab.scores: needs an evaluate step, but 'tuned' is of stage sft"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("matrix", [(), ("matrix.seed=[1, 2]",)])
+def test_a_wrong_name_in_an_ablation_is_one_line_with_the_nearest(
+    tmp_path: Path, old: str, new: str, said: str, matrix: tuple[str, ...]
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        build(variants(tmp_path, (WITH_LAB[0], LAB.lstrip().replace(old, new)), overrides=matrix))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_circle_through_scored_models_is_told_as_such(tmp_path: Path) -> None:
+    lab = LAB.lstrip().replace('model = "tuned"\ndata = "rows"', 'model = "more"\ndata = "rows"')
+    assert "in a circle: more -> more" in refusal(tmp_path, (WITH_LAB[0], lab))
