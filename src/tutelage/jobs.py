@@ -8,14 +8,15 @@ which another makes again.
 import contextlib
 import multiprocessing
 import os
-import queue
+import signal
 import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NoReturn
 
 from tutelage import pipeline
 from tutelage.core import errors
@@ -26,6 +27,8 @@ from tutelage.recipe.load import Variant
 from tutelage.store import Store
 
 POLL_SECONDS = 0.5
+STOP_SECONDS = 10.0
+"""A worker that was told to end and has not by then is killed."""
 DONE = "  done in"
 """How the pipeline's line on a finished step begins."""
 
@@ -67,65 +70,79 @@ def _in_processes(
 ) -> list[str]:
     runtime = variants[0].recipe.runtime
     jobs = min(runtime.jobs, steps)
-    context = multiprocessing.get_context("spawn")
-    messages = context.Queue()
     threads = runtime.threads or max(1, (os.cpu_count() or 1) // jobs)
     alone = [_with_one_job(variant) for variant in variants]
-    with _environment(OMP_NUM_THREADS=str(threads)):  # torch reads it when a process imports it
-        workers = [
-            # Not daemons, which may have no children: a data step has its own workers.
-            context.Process(target=_work, args=(alone, store, until, messages))
-            for _ in range(jobs)
-        ]
-        for worker in workers:
-            worker.start()
-    reporter.say(f"{steps} steps, {jobs} at a time, {threads} threads each")
+    workers: dict[Connection, BaseProcess] = {}
     try:
+        with _environment(OMP_NUM_THREADS=str(threads)):  # torch reads it when it is imported
+            for _ in range(jobs):
+                reader, worker = _started(alone, store, until)
+                workers[reader] = worker
+        reporter.say(f"{steps} steps, {jobs} at a time, {threads} threads each")
         with reporter.bar(steps, "steps", unit="steps") as bar:
-            return _listen(workers, messages, reporter, bar)
+            return _listen(workers, reporter, bar)
     finally:
-        for worker in workers:
+        for worker in workers.values():
             worker.terminate()
-            worker.join()
+        for reader, worker in workers.items():
+            _ended(worker)
+            reader.close()
 
 
-def _listen(
-    workers: Sequence[BaseProcess], messages: Any, reporter: Reporter, bar: Bar
-) -> list[str]:
+def _started(
+    variants: Sequence[Variant], store: Store, until: str
+) -> tuple[Connection, BaseProcess]:
+    """A process at work, and the end of a pipe of its own: one that is killed blocks no other."""
+    context = multiprocessing.get_context("spawn")
+    reader, writer = context.Pipe(duplex=False)
+    # Not a daemon: a data step starts processes of its own, which a daemon may not.
+    worker = context.Process(target=_work, args=(variants, store, until, writer, os.getpid()))
+    worker.start()
+    writer.close()  # the worker's copy is the only one, so that its death is the pipe's end
+    return reader, worker
+
+
+def _ended(worker: BaseProcess) -> int | None:
+    worker.join(STOP_SECONDS)
+    if worker.exitcode is None:
+        worker.kill()
+        worker.join()
+    return worker.exitcode
+
+
+def _listen(workers: Mapping[Connection, BaseProcess], reporter: Reporter, bar: Bar) -> list[str]:
     """Show what the workers say until all have ended; returns the names of the steps made."""
     made: list[str] = []
-    lost: set[int | None] = set()
-    ended = 0
-    while ended < len(workers):
-        try:
-            kind, content = messages.get(timeout=POLL_SECONDS)
-        except queue.Empty:
-            dead = {w.pid for w in workers if w.exitcode not in (None, 0)} - lost
-            for worker in workers:
-                if worker.pid in dead:
-                    reporter.say(
-                        f"process {worker.pid} ended with {worker.exitcode} (out of memory?); "
-                        "the others go on"
-                    )
-            lost |= dead
-            if len(lost) + ended == len(workers) and ended == 0:
-                raise EngineError(
-                    "every process ended before its work was done; lower runtime.jobs, or look "
-                    "for what killed them, and run again: finished steps are kept"
-                ) from None
-            if len(lost) + ended == len(workers):
-                return made
-            continue
-        if kind == "failed":
-            raise _error(content)
-        if kind == "say":
-            reporter.say(content)
-        elif kind == "made":
-            made.append(content["name"])
-            reporter.say(content["line"])
-            bar.advance(1)
-        else:
-            ended += 1
+    at_work = dict(workers)
+    lost = 0
+    while at_work:
+        for reader in wait(list(at_work)):
+            assert isinstance(reader, Connection)
+            try:
+                kind, content = reader.recv()
+            except (EOFError, OSError):  # it was killed, perhaps in the middle of a message
+                worker = at_work.pop(reader)
+                lost += 1
+                reporter.say(
+                    f"process {worker.pid} ended with {_ended(worker)} (out of memory?); "
+                    f"{len(at_work)} others go on"
+                )
+                continue
+            if kind == "failed":
+                raise _error(content)
+            if kind == "say":
+                reporter.say(content)
+            elif kind == "made":
+                made.append(content["name"])
+                reporter.say(content["line"])
+                bar.advance(1)
+            else:
+                del at_work[reader]
+    if lost == len(workers):
+        raise EngineError(
+            "every process ended before its work was done; lower runtime.jobs, or look "
+            "for what killed them, and run again: finished steps are kept"
+        )
     return made
 
 
@@ -159,27 +176,30 @@ class _Relay(Reporter):
 
     def say(self, text: str, *, style: str = "") -> None:
         if not text.startswith(DONE):
-            if style == "bold":  # a step begins
+            if style == "bold" and not text.startswith(" "):  # a step begins
                 self.lines.clear()
             self.lines.append(text)
             return
         first, *between = self.lines or [""]
         for line in between:
-            self.messages.put(("say", f"{first.partition(' ')[0]}: {line.strip()}"))
+            self.messages.send(("say", f"{first.partition(' ')[0]}: {line.strip()}"))
         name = first.partition(" (")[0]
-        self.messages.put(("made", {"name": name, "line": f"{first}{text[1:]}"}))
+        self.messages.send(("made", {"name": name, "line": f"{first}{text[1:]}"}))
         self.lines.clear()
 
 
-def _work(variants: Sequence[Variant], store: Store, until: str, messages: Any) -> None:
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+def _work(
+    variants: Sequence[Variant], store: Store, until: str, messages: Any, parent: int
+) -> None:
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: _leave())
     try:
         pipeline.run(variants, store, until=until, reporter=_Relay(quiet=True, messages=messages))
-        messages.put(("ended", None))
+        messages.send(("ended", None))
     except KeyboardInterrupt:
-        os._exit(130)
+        _leave()
     except BaseException as error:  # reported by the parent, which raises it again
-        messages.put(
+        messages.send(
             (
                 "failed",
                 {
@@ -191,9 +211,15 @@ def _work(variants: Sequence[Variant], store: Store, until: str, messages: Any) 
         )
 
 
-def _leave_with_parent() -> None:
-    """A worker whose parent was killed would go on unseen."""
-    parent = os.getppid()
+def _leave_with(parent: int) -> None:
+    """A worker whose parent was killed, even before it was asked, would go on unseen."""
     while os.getppid() == parent:
         time.sleep(POLL_SECONDS)
+    _leave()
+
+
+def _leave() -> NoReturn:
+    """End at once, and the processes of a data step too: they would wait for rows for ever."""
+    for child in multiprocessing.active_children():
+        child.terminate()
     os._exit(1)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tutelage.core.artifact import Artifact, WorkDir
-from tutelage.core.errors import DataError
+from tutelage.core.errors import DataError, ModelError
 from tutelage.engines.base import SamplingParams, Scorable
 from tutelage.engines.sampler import TransformersSampler
 from tutelage.engines.scorer import TransformersScorer
@@ -18,7 +18,7 @@ from tutelage.models.load import Loaded, load_for_inference, load_for_training, 
 from tutelage.recipe.training import Online
 from tutelage.records import prompt_messages, read_rows
 from tutelage.targets.estimator import Threshold
-from tutelage.targets.schema import StoreMeta, TokenTargets, check_compatible
+from tutelage.targets.schema import StoreMeta, TokenTargets
 from tutelage.text.chat import ChatFormat
 from tutelage.text.tokenizer import tokenizer_digest
 from tutelage.train.batches import Example, epoch_order
@@ -38,10 +38,7 @@ def run(config: Online, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[s
     student = load_for_training(inputs["model"], device=work.device)
     meta = _meta(config, inputs, teacher)
     chat = ChatFormat.from_tokenizer(student.tokenizer)
-    check_compatible(
-        meta, tokenizer=tokenizer_digest(student.directory),
-        vocab_size=student.model.config.vocab_size, chat_template=chat.fingerprint,
-    )  # fmt: skip
+    _check_same_ids(student, teacher)
     fresh = _Fresh(config, prompts, student, teacher, chat)
     plan = Plan(fresh.load, fresh.name, fresh.steps(), notes=fresh.notes)
     objective = Distillation(loss_spec(config, meta), meta.temperature, fresh.targets)
@@ -134,6 +131,22 @@ def _example(answer: Scorable) -> Example:
     mask = np.zeros(len(ids), bool)
     mask[len(answer.prompt_ids) :] = True
     return Example(ids, mask)
+
+
+def _check_same_ids(student: Loaded, teacher: Loaded) -> None:
+    """One token of the answer must be the same question to both."""
+    sizes = [one.model.config.vocab_size for one in (student, teacher)]
+    ids = [tokenizer_digest(one.directory) for one in (student, teacher)]
+    chats = [ChatFormat.from_tokenizer(one.tokenizer).fingerprint for one in (student, teacher)]
+    told = {
+        f"number of ids ({sizes[0]:,} and {sizes[1]:,})": sizes, "tokenizer": ids,
+        "chat template": chats,
+    }  # fmt: skip
+    if different := [name for name, (one, other) in told.items() if one != other]:
+        raise ModelError(
+            f"student and teacher differ in the {' and the '.join(different)}; online "
+            "distillation needs one for both: take a teacher of the same family"
+        )
 
 
 def _meta(config: Online, inputs: Mapping[str, Artifact], teacher: Loaded) -> StoreMeta:
