@@ -142,8 +142,8 @@ def finished(console: Console, result: Result, name: str, store: Path) -> None:
     )
     console.print(f"\n[bold]{name}[/bold]: {what}, {_clock(result.seconds)}", highlight=False)
     for step, artifact in result.artifacts.items():
-        if artifact.stage == "report":
-            console.print(f"report: {artifact.path / 'index.html'}", soft_wrap=True)
+        if artifact.stage in ("report", "ablation"):
+            console.print(f"{step}: {artifact.path / 'index.html'}", soft_wrap=True)
         if artifact.stage == "export":
             for file in artifact.shards("*.gguf"):
                 console.print(f"{step}: {file}", soft_wrap=True)

@@ -52,9 +52,9 @@ DEFAULT = (
     CurriculumStage(mix={"reasoning": 3, "fast": 1}, share=0.8),
     CurriculumStage(mix={"fast": 1}, share=0.2, lr_scale=0.5, replay=0.2, ramp=0.25),
 )
-"""A mixture, then mostly fast. From random weights, two seeds of a toy task of 23 classes, the
-mixture came to 95-98 % in fast form and the strict order to 7 and 41 %: an abrupt switch at the
-same rate forgets. The second stage's figures stand for "gently" and are not tuned."""
+"""A mixture, then mostly fast. On chains of sums, ten seeds (`docs/lab.md`), it gives 48 % right in
+fast mode and 94 % in reasoning mode; the mixture alone 45 and 95, the strict order 32 and 4: an
+abrupt switch forgets. The second stage's rate, replay and ramp are not tuned apart."""
 
 
 def plan_order(
