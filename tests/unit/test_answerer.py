@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import sqlite3
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -234,3 +237,29 @@ def test_two_processes_share_one_memory(
     monkeypatch.setattr(module, "TransformersSampler", Echo)
     found = ask(counted.over(memory, name="m"), prompts=[[n] for n in range(250)])
     assert [c.response_ids for c in found] == [(n,) for n in range(250)]
+
+
+def test_a_new_memory_is_made_by_one_at_a_time(
+    memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite says `database is locked` at once, whatever its timeout, when two turn a file WAL."""
+    inside, most = [], []
+
+    class Slow(sqlite3.Connection):
+        def execute(self, sql: str, *more: Any) -> sqlite3.Cursor:
+            if not sql.startswith("PRAGMA journal_mode"):
+                return super().execute(sql, *more)
+            inside.append(sql)
+            most.append(len(inside))
+            time.sleep(0.1)
+            inside.pop()
+            return super().execute(sql, *more)
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, **k, factory=Slow))
+    monkeypatch.setattr(module, "TransformersSampler", Echo)
+    loaded: Any = SimpleNamespace(model=None, device="cpu")
+    answerers = [Answerer(loaded, model="m", batch_size=1, memory=memory) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda answerer: ask(answerer, prompts=[[1]]), answerers))
+    assert most == [1, 1, 1]

@@ -218,6 +218,20 @@ def test_workers_leave_when_their_parent_is_killed(project: Project) -> None:
     assert awaited(lambda: not any(alive(pid) for _, pid in project.ran))
 
 
+def test_an_interrupt_from_the_terminal_ends_all_processes(project: Project) -> None:
+    for name in ("data-1", "data-2"):
+        project.order(f"hang-{name}")
+    command = [sys.executable, fake_stages.__file__, project.recipe, project.store.root]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as parent:
+        try:
+            assert awaited(lambda: {"data-1", "data-2"} <= set(project.names))
+            os.killpg(parent.pid, signal.SIGINT)  # as a terminal does: to all of them
+            assert parent.wait(PATIENCE) == -signal.SIGINT
+        finally:
+            parent.kill()
+    assert awaited(lambda: not any(alive(pid) for _, pid in project.ran))
+
+
 @pytest.mark.parametrize("stopped_by", ["failing step", "killed parent"])
 def test_a_step_may_start_processes_which_end_with_it(project: Project, stopped_by: str) -> None:
     project.order("nest-data-1")

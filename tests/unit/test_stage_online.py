@@ -24,6 +24,7 @@ from tutelage.records import CONVERSATIONS, write_rows
 from tutelage.stages import online
 from tutelage.text.chat import ChatFormat
 from tutelage.train import checkpoint
+from tutelage.train.loop import Plan
 
 MAX_TOKENS = 6
 PROMPTS = 6
@@ -183,6 +184,29 @@ def test_a_later_step_is_answered_by_the_student_of_that_step(
     assert [a.response_ids for a in first] == [a.response_ids for a in second]
     (_, first), (_, second) = sampled[steps - 1], sampled[-1]
     assert [a.response_ids for a in first] != [a.response_ids for a in second]
+
+
+def test_the_student_answers_without_dropout_and_learns_with_it(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[tuple[str, bool]] = []
+    sample = TransformersSampler.sample
+
+    def noted(self: TransformersSampler, *arguments: Any, **named: Any) -> list[Completion]:
+        modes.append(("answers", self.model.training))
+        return sample(self, *arguments, **named)
+
+    def train(model: Any, plan: Plan, *_: Any, **__: Any) -> dict[str, float]:
+        model.train()
+        plan.load(0)
+        modes.append(("learns", model.training))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TransformersSampler, "sample", noted)
+    monkeypatch.setattr(online, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        stage.run()
+    assert modes == [("answers", False), ("learns", True)]
 
 
 # What it counts

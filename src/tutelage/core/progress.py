@@ -24,7 +24,7 @@ PLAIN_SECONDS = 10.0  # off a terminal: one line every ten seconds is enough for
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         unit = task.fields["unit"]
-        return Text(f"{task.speed:,.0f} {unit}/s" if task.speed else "", style="cyan")
+        return Text(f"{_rate(task.speed)} {unit}/s" if task.speed else "", style="cyan")
 
 
 @dataclass
@@ -70,7 +70,7 @@ class _PlainBar(Bar):
         left = f", about {_clock((self.total - self.done) / rate)} left" if rate > 0 else ""
         self.console.print(
             f"  {self.label}: {self.done:,}/{self.total:,} {self.unit}, "
-            f"{rate:,.0f} {self.unit}/s{left}{'  ' + self.text if self.text else ''}",
+            f"{_rate(rate)} {self.unit}/s{left}{'  ' + self.text if self.text else ''}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
 
@@ -115,6 +115,11 @@ class Reporter:
             with Progress(*columns, console=self.console, transient=True) as progress:
                 task = progress.add_task(label, total=total, completed=done, unit=unit, note="")
                 yield _RichBar(total, label, unit, done, progress=progress, task=task)
+
+
+def _rate(rate: float) -> str:
+    """Steps take seconds each, tokens come by the thousand: two digits at least."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def _clock(seconds: float) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tutelage.core.errors import ArtifactError
+from tutelage.core.lock import file_lock
 from tutelage.engines.base import Completion, SamplingParams, Scorable
 from tutelage.engines.sampler import TransformersSampler
 from tutelage.engines.scorer import TransformersScorer
@@ -104,8 +105,10 @@ class Answerer:
         self._memory.parent.mkdir(parents=True, exist_ok=True)
         try:
             with contextlib.closing(sqlite3.connect(self._memory, timeout=LOCK_SECONDS)) as opened:
-                opened.execute("PRAGMA journal_mode=WAL")  # a reader does not wait for a writer
-                opened.execute(TABLE)
+                # One at a time: SQLite does not wait when two processes make a file WAL at once.
+                with file_lock(self._memory.with_suffix(".lock")):
+                    opened.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
+                    opened.execute(TABLE)
                 yield _Memory(opened)
         except sqlite3.DatabaseError as error:
             raise ArtifactError(
