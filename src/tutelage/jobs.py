@@ -70,7 +70,8 @@ def _in_processes(
 ) -> list[str]:
     runtime = variants[0].recipe.runtime
     jobs = min(runtime.jobs, steps)
-    threads = runtime.threads or max(1, (os.cpu_count() or 1) // jobs)
+    share = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs)
+    threads = runtime.threads or share
     alone = [_with_one_job(variant) for variant in variants]
     workers: dict[Connection, BaseProcess] = {}
     try:
