@@ -53,6 +53,19 @@ def test_flops_are_six_a_trained_and_two_a_read_token_of_the_model_that_did_it(
     }  # fmt: skip
 
 
+def test_answers_that_the_teacher_wrote_are_decoded_by_the_teacher(tmp_path: Path) -> None:
+    lab = experiment(tmp_path)
+    lab.step("theirs", "rollout", {"model": "teacher", "prompts": "data"}, seconds=1,
+             tokens={"student_decoded": 20})  # fmt: skip
+    lab.step("their-targets", "score", {"teacher": "teacher", "rollouts": "theirs"}, seconds=1,
+             tokens={"teacher_prefilled": 30})  # fmt: skip
+    lab.step("off", "distill", {"model": "start", "targets": "their-targets"}, parameters=STUDENT,
+             seconds=1, tokens={"trained": 40})  # fmt: skip
+    own, theirs = of(lab, "offline", "start").tokens, of(lab, "off", "start").tokens
+    assert (own["student_decoded"], own["teacher_decoded"]) == (20, 0)
+    assert (theirs["student_decoded"], theirs["teacher_decoded"]) == (0, 20)
+
+
 def test_an_online_step_decodes_as_the_student_and_reads_with_the_teacher(
     tmp_path: Path,
 ) -> None:
