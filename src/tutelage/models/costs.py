@@ -68,7 +68,9 @@ def costs(arm: Artifact, start: Artifact | None, known: Mapping[str, Artifact]) 
     )
     return Costs(
         seconds=sum(artifact.manifest["seconds"] for artifact in own.values()),
-        tokens={kind: sum(_told(a, kind, taught) for a in own.values()) for kind in TOKEN_KINDS},
+        tokens={
+            kind: sum(_by_writer(a, kind, taught) for a in own.values()) for kind in TOKEN_KINDS
+        },
         flops=_by_stage(own, known),
         steps=sum(int(artifact.summary.get("steps", 0)) for artifact in trained),
         examples=None if None in counts else sum(int(count or 0) for count in counts),
@@ -182,7 +184,7 @@ def _found(mark: str, reader: Artifact, role: str, known: Mapping[str, Artifact]
     return known[mark]
 
 
-def _told(artifact: Artifact, kind: str, taught: Mapping[str, None]) -> int:
+def _by_writer(artifact: Artifact, kind: str, taught: Mapping[str, None]) -> int:
     """Tokens of a kind; what a teacher decoded in a rollout step (off-policy) is the teacher's."""
     writer = artifact.manifest["inputs"].get("model", {}).get("fingerprint")
     if artifact.stage == "rollout" and writer in taught and kind.endswith("_decoded"):
