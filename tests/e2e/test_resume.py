@@ -1,6 +1,5 @@
 """A killed run goes on and ends with the same bits; a second run does nothing."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from digests import digests
 from tiny import write_recipe
 
 DRIVER = Path(__file__).with_name("killed_run.py")
-REPEATABLE = ("data", "prune", "synthesize", "sft", "rollout", "score", "distill", "evaluate")
-"""Stages whose every byte must agree; a report and an export also tell how long things took."""
 
 
 def drive(recipe: Path, store: Path, *, kill_at: int = 0) -> subprocess.CompletedProcess[str]:
@@ -21,18 +19,6 @@ def drive(recipe: Path, store: Path, *, kill_at: int = 0) -> subprocess.Complete
         [sys.executable, str(DRIVER), str(recipe), str(store), str(kill_at)],
         capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-
-
-def digests(store: Path) -> dict[str, str]:
-    """Every file of the repeatable stages by step, with its sha256."""
-    steps = json.loads((store / "runs/tiny/run.json").read_text())["steps"]
-    found = {}
-    for step, entry in steps.items():
-        if entry["stage"] in REPEATABLE:
-            manifest = store / "artifacts" / entry["stage"] / entry["fingerprint"] / "manifest.json"
-            for name, file in json.loads(manifest.read_text())["files"].items():
-                found[f"{step}/{name}"] = file["sha256"]
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from digests import digests
 from tiny import write_recipe
 
-REPEATABLE = ("data", "prune", "synthesize", "sft", "rollout", "score", "distill", "evaluate")
-"""Stages whose every byte must agree; a report also tells how long things took."""
 PATIENCE = 200
 
 
@@ -29,18 +28,6 @@ def ended(process: subprocess.Popen[str]) -> str:
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
     return said
-
-
-def digests(store: Path) -> dict[str, str]:
-    """Every file of the repeatable stages by step, with its sha256."""
-    steps = json.loads((store / "runs/tiny/run.json").read_text())["steps"]
-    found = {}
-    for step, entry in steps.items():
-        if entry["stage"] in REPEATABLE:
-            manifest = store / "artifacts" / entry["stage"] / entry["fingerprint"] / "manifest.json"
-            for name, file in json.loads(manifest.read_text())["files"].items():
-                found[f"{step}/{name}"] = file["sha256"]
-    return found
 
 
 @pytest.fixture(scope="module")
