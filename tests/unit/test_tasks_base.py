@@ -137,7 +137,7 @@ def test_one_item_can_be_made_alone() -> None:
     ("name", "config", "reason"),
     [
         ("gridwalk", {"distanse": [1, 2]}, "distanse: unknown key; did you mean 'distance'"),
-        ("gridwalk", {"zzzz": 1}, "zzzz: unknown key; copies, distance, fold"),
+        ("gridwalk", {"zzzz": 1}, "zzzz: unknown key; copies, detours, distance, fold"),
         ("gridwalk", {"distance": [3, 2]}, "distance: the lower end of a range comes first"),
         ("gridwalk", {"distance": [0, 0]}, "distance: start and goal are different cells"),
         ("gridwalk", {"distance": [13, 14]}, "distance: the farthest cells are 12 apart"),

@@ -146,3 +146,15 @@ def test_the_verdict_is_that_of_a_walk_on_foot(moves: str, x: int, y: int) -> No
         return
     right = inside and here == (x, y) and len(moves) <= abs(x - 3) + abs(y - 3) + 4
     assert verify(moves, meta("33", f"{x}{y}"))[0] == right
+
+
+def test_a_way_with_a_detour_is_two_moves_longer_and_still_right() -> None:
+    made = items(400, detours=0.5, copies=4)
+    longer = [len(item.response) - item.meta["shortest"] for item in made]
+    assert set(longer) == {0, 2}
+    assert 0.4 < longer.count(2) / len(longer) < 0.6
+    assert all(verify(item.response, item.meta)[0] for item in made)
+
+
+def test_detours_change_no_problem() -> None:
+    assert [item.prompt for item in items(50)] == [item.prompt for item in items(50, detours=1.0)]
