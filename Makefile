@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STORE ?= work
 
-LABS := gridwalk curriculum modes codeout bilingual
+LABS := gridwalk curriculum codeout bilingual
 
 .PHONY: setup quickstart ablation test unit check docs-check clean
 

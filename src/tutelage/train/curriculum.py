@@ -54,7 +54,8 @@ DEFAULT = (
 )
 """A mixture, then mostly fast. On chains of sums, ten seeds (`docs/lab.md`), it gives 48 % right in
 fast mode and 94 % in reasoning mode; the mixture alone 45 and 95, the strict order 32 and 4: an
-abrupt switch forgets. The second stage's rate, replay and ramp are not tuned apart."""
+abrupt switch forgets, and it is replay that prevents it, not a lower rate. Rate and ramp are
+not tuned."""
 
 
 def plan_order(
