@@ -137,10 +137,10 @@ ESCAPERS = {
     "follows_symlinks": """
         import os
         def done():
-            links = {'/tmp/shadow': '/etc/shadow', '/tmp/root': '/proc/self/root', '/tmp/up': '..',
+            links = {'/tmp/shadow': '/etc/shadow', '/tmp/top': '/proc/self/root', '/tmp/up': '..',
                      '/tmp/py': os.__file__, '/tmp/here': HERE}
             for link, target in links.items(): os.symlink(target, link)
-            for path in ('/tmp/shadow', '/tmp/root/etc/passwd', '/tmp/up/etc/shadow', '/tmp/here'):
+            for path in ('/tmp/shadow', '/tmp/top/etc/passwd', '/tmp/up/etc/shadow', '/tmp/here'):
                 try: open(path).close(); yield path
                 except OSError: pass
             for path in ('/tmp/py', '/tmp/up/usr/x', '/tmp/up/x'):
