@@ -224,7 +224,8 @@ def _sft(
 
 
 def _training(step: Sft | Distill, rows: int, tokens: int, model: _Model) -> Estimate:
-    trained = min(tokens, step.max_steps * step.batch_tokens) if step.max_steps else tokens
+    a_step = step.batch_examples * tokens / max(1, rows * step.epochs) or step.batch_tokens
+    trained = min(tokens, round(step.max_steps * a_step)) if step.max_steps else tokens
     # Weights, gradients, two moments in fp32, and the checkpoint being written beside them.
     return Estimate(
         rows, trained=trained, disk_bytes=model.bytes, memory_bytes=int(model.bytes * 5)

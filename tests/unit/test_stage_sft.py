@@ -344,3 +344,22 @@ def test_a_curriculum_that_no_data_could_follow_is_no_recipe(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         settings("", curriculum=[stage])
+
+
+def test_a_plan_counts_steps_of_so_many_examples_by_the_tokens_of_an_example(
+    model: Artifact, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "How?", "response": "So."}\n' * 6)
+
+    def trained(settings: str) -> tuple[int, int]:
+        recipe = tmp_path / "planned.toml"
+        text = PLANNED.format(model=model.path)
+        recipe.write_text(text[: text.index("[[steps.tuned.curriculum]]")] + settings)
+        store = Store(tmp_path / "store")
+        found = estimate(pipeline.plan(load(recipe), store), store)["tuned"]
+        return found.trained, found.rows
+
+    tokens, rows = trained("")  # of two epochs
+    expected = 5 * tokens / (2 * rows)
+    assert trained("max_steps = 1\nbatch_examples = 5\n")[0] == pytest.approx(expected, abs=1)
+    assert trained("max_steps = 1\nbatch_tokens = 100\n")[0] == 100

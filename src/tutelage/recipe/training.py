@@ -165,7 +165,7 @@ class Online(TeacherLoss, Training):
     max_tokens: PositiveInt = 512
     temperature: Annotated[float, Field(ge=0)] = 1.0
     prompts_a_step: PositiveInt = 16
-    """Prompts answered for one optimizer step; `batch_tokens` plays no part."""
+    """Prompts answered for one optimizer step; `batch_tokens` and `batch_examples` play no part."""
     samples: PositiveInt = 1
     """Answers a prompt."""
     tau: Annotated[float, Field(gt=0, le=1)] = 0.02
