@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tutelage.core.artifact import Artifact
+from tutelage.engines import transformers
 from tutelage.engines.base import Completion
 
 CUT = "..."
@@ -20,12 +21,12 @@ class Scripted:
         self.tokenizer = tokenizer
         self.loaded: list[str] = []
 
-    def stand_in(self, monkeypatch: pytest.MonkeyPatch, stage: ModuleType) -> None:
-        """Be what the stage loads, and what it samples from."""
+    def stand_in(self, monkeypatch: pytest.MonkeyPatch, stage: ModuleType = transformers) -> None:
+        """Be what the engine `transformers` (or a stage by itself) loads and samples from."""
         monkeypatch.setattr(stage, "load_for_inference", self.load)
         monkeypatch.setattr(stage, "TransformersSampler", lambda model, **options: model)
 
-    def load(self, artifact: Artifact, *, device: str) -> Any:
+    def load(self, artifact: Artifact, *, device: str, dtype: str = "auto") -> Any:
         self.loaded.append(artifact.fingerprint)
         return SimpleNamespace(model=self, tokenizer=self.tokenizer, device=torch.device("cpu"))
 

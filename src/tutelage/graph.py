@@ -2,21 +2,34 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tutelage.core.errors import RecipeError
 from tutelage.core.fingerprint import fingerprint
 from tutelage.recipe.base import Step
+from tutelage.recipe.engines import EngineTable, Server
 from tutelage.recipe.evaluation import Ablation
 from tutelage.recipe.load import Variant
-from tutelage.recipe.tables import ModelSource, New, Prune, Recipe, Report, references, settings
+from tutelage.recipe.tables import (
+    ModelSource,
+    New,
+    Prune,
+    Recipe,
+    Report,
+    Score,
+    references,
+    settings,
+)
 
 KIND_NAMES = {
     "model": "a model", "conversations": "conversations (a data or synthesize step)",
     "rollouts": "a rollout step", "targets": "targets (a score or convert step)",
     "scores": "an evaluate step",
 }  # fmt: skip
+
+TOKENIZER_ROLES = {"new": ("tokenizer_of",), "convert": ("model",)}
+"""Inputs by stage of which only the tokenizer is read; of other stages, `tokenizer`."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,8 @@ class Node:
     source: ModelSource | None
     inputs: Mapping[str, str]
     """Role -> name of the node read."""
+    engines: Mapping[str, EngineTable] = field(default_factory=dict)
+    """Role -> how its model is run, where the recipe says something of it."""
 
     @property
     def stage(self) -> str:
@@ -52,7 +67,7 @@ def build(variants: Sequence[Variant], *, until: str = "") -> list[Node]:
         for node in _of_recipe(variant.recipe):
             renamed = {role: name + suffix for role, name in node.inputs.items()}
             name = node.name + suffix
-            nodes[name] = Node(name, node.step, node.source, renamed)
+            nodes[name] = replace(node, name=name, inputs=renamed)
     for name, step in variants[0].recipe.steps.items():
         if isinstance(step, Ablation):
             nodes[name] = _over_all_cells(name, step, variants, nodes)
@@ -99,6 +114,9 @@ def identities(
         }
         if outside := data_identity(node.step):
             found[node.name]["outside"] = outside
+        meanings = {role: engine.meaning() for role, engine in node.engines.items()}
+        if meanings := {role: meaning for role, meaning in meanings.items() if meaning}:
+            found[node.name]["engines"] = meanings
     return found
 
 
@@ -120,18 +138,57 @@ def _of_recipe(recipe: Recipe) -> list[Node]:
             )  # fmt: skip
             nodes[name] = Node(name, step, None, {"model": base})
     for name, step in recipe.steps.items():
-        nodes[name] = Node(name, step, None, _inputs(step))
+        nodes[name] = Node(name, step, None, _inputs(step), _engines(step, recipe))
     for name, node in nodes.items():
         if isinstance(node.step, New) and name in recipe.models:
             _check_references(f"models.{name}.new", node.step, nodes)
     for name, step in recipe.steps.items():
         _check_references(f"steps.{name}", step, nodes)
         _check_arms(name, step, nodes)
+    _check_engines(recipe, nodes)
     return [
         _with_ancestors(node, nodes)
         for node in nodes.values()
         if not isinstance(node.step, Ablation)  # it stands over all cells, not in one
     ]
+
+
+def _engines(step: Step, recipe: Recipe) -> dict[str, EngineTable]:
+    return {
+        role: recipe.engines[name]
+        for role, _, name in references(step)
+        if role.partition(".")[0] in step.engine_roles and name in recipe.engines
+    }
+
+
+def _check_engines(recipe: Recipe, nodes: Mapping[str, Node]) -> None:
+    """A served model has a server and only answers and reads; targets are what engines can give."""
+    for name in recipe.engines:
+        if name not in nodes or nodes[name].produces != "model":
+            models = {n: node for n, node in nodes.items() if node.produces == "model"}
+            raise RecipeError(
+                f"engines.{name}: no model or step that makes one{_nearest(name, models)}"
+            )
+    served = {name for name, source in recipe.models.items() if source.is_served}
+    for name in served:
+        if not isinstance(recipe.engines.get(name), Server):
+            raise RecipeError(
+                f"models.{name}: a served model needs [engines.{name}], kind = 'server'"
+            )
+    for name, step in recipe.steps.items():
+        for role, kind, to in references(step):
+            key = role.partition(".")[0]
+            reads = (*step.engine_roles, *TOKENIZER_ROLES.get(step.stage, ("tokenizer",)))
+            if kind == "model" and to in served and key not in reads:
+                raise RecipeError(
+                    f"steps.{name}.{key}: {to!r} is served elsewhere: it can "
+                    f"answer and read, but stage {step.stage} needs its weights here"
+                )
+        if isinstance(step, Score):
+            try:
+                step.top(_engines(step, recipe).values())
+            except ValueError as error:
+                raise RecipeError(f"steps.{name}: {error}") from None
 
 
 def _inputs(step: Step) -> dict[str, str]:

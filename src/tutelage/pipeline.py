@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from tutelage.core import files
@@ -20,12 +21,14 @@ from tutelage.core.errors import (
     DataError,
     EngineError,
     ModelError,
+    RecipeError,
     TutelageError,
 )
 from tutelage.core.fingerprint import differences, fingerprint
 from tutelage.core.lock import file_lock
 from tutelage.core.progress import Reporter
 from tutelage.core.provenance import provenance
+from tutelage.core.shards import Executor
 from tutelage.data.identity import data_identity
 from tutelage.evals.benchmarks import lm_eval_name
 from tutelage.graph import Node, build, identities
@@ -33,7 +36,8 @@ from tutelage.models import source as models
 from tutelage.recipe.base import Step
 from tutelage.recipe.evaluation import Evaluate
 from tutelage.recipe.load import Variant
-from tutelage.recipe.tables import New
+from tutelage.recipe.tables import New, Runtime, Score
+from tutelage.recipe.training import Distill
 from tutelage.store import Store
 
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "OutOfMemoryError")
@@ -48,6 +52,8 @@ class Planned:
     status: str
     """`cached`, `run`, `resume`, `same` (as an earlier step of this plan) or `outside`."""
     reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What a person should know before it runs."""
 
     @property
     def fingerprint(self) -> str:
@@ -71,9 +77,7 @@ class _Run:
     name: str
     store: Store
     reporter: Reporter
-    device: str
-    workers: int
-    sandbox: str
+    runtime: Runtime
     planned: Mapping[str, Planned]
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
@@ -101,8 +105,26 @@ def plan(variants: Sequence[Variant], store: Store, *, until: str = "") -> list[
     for node in nodes:
         earlier = first.setdefault(fingerprint(known[node.name]), node.name)
         status, reasons = _status(node, known, earlier, store, previous)
-        planned.append(Planned(node, known[node.name], status, reasons))
+        notes = _notes(node, {each.name: each for each in nodes})
+        planned.append(Planned(node, known[node.name], status, reasons, notes))
     return planned
+
+
+def _notes(node: Node, nodes: Mapping[str, Node]) -> tuple[str, ...]:
+    """What an engine cannot give, and what the loss makes of it. Raises RecipeError."""
+    if isinstance(node.step, Score) and (top := node.step.top(node.engines.values())):
+        return (f"the engine gives the {top} likeliest ids: top-{top} targets, without a tail",)
+    if isinstance(node.step, Distill):
+        read = nodes[node.inputs["targets"]]
+        if isinstance(read.step, Score) and read.step.top(read.engines.values()):
+            if node.step.outside == "unbiased":
+                raise RecipeError(
+                    f"steps.{node.name}.outside: unbiased needs sampled tails, and the engine of "
+                    f"{read.name} gives the likeliest ids only; take auto or bucket"
+                )
+            if node.step.divergence == "forward_kl" and node.step.outside == "auto":
+                return ("its targets have no tail: what is outside their ids is one bucket",)
+    return ()
 
 
 def _status(
@@ -139,6 +161,8 @@ def _changes(node: Node, old: Mapping[str, Any], new: Mapping[str, Any]) -> list
             lines.append(f"input {role} ({node.inputs.get(role, 'gone')}) changed")
     for line in differences(old.get("outside"), new.get("outside")):
         lines.append(f"source changed: {line}")
+    for line in differences(old.get("engines"), new.get("engines")):
+        lines.append(f"engine changed: {line}")
     return lines
 
 
@@ -169,13 +193,14 @@ def _check_vocabularies(nodes: Sequence[Node], outside: Mapping[str, models.Exte
         teacher = read.inputs.get("teacher") or read.inputs.get("model")
         if teacher is None:
             continue
+        further = [name for role, name in read.inputs.items() if role.startswith("routes.")]
         students = [name for role, name in node.inputs.items() if role.startswith("models.")]
         if node.stage in ("distill", "online"):
             students.append(node.inputs["model"])
         if "rollouts" in node.inputs:
             students.append(by_name[node.inputs["rollouts"]].inputs["model"])
-        for student in students:
-            left, right = root(teacher), root(student)
+        for taught_by, student in product((teacher, *further), students):
+            left, right = root(taught_by), root(student)
             known = [_vocabulary(one, outside) for one in (right, left)]
             if None not in known and known[0] != known[1]:
                 sizes = " and ".join(_ids(one, outside) for one in (right, left))
@@ -226,11 +251,7 @@ def run(
             store.run_folder(recipe.name) / "recipe.json",
             {v.label or recipe.name: v.recipe.model_dump(mode="json") for v in variants},
         )
-        workers = recipe.runtime.workers or os.cpu_count() or 1
-        runtime = recipe.runtime
-        state = _Run(
-            recipe.name, store, reporter, runtime.device, workers, runtime.sandbox, planned
-        )
+        state = _Run(recipe.name, store, reporter, recipe.runtime, planned)
         waiting = list(planned)
         while waiting:
             waiting = _pass(state, waiting)
@@ -306,10 +327,12 @@ def _make(state: _Run, planned: Planned) -> Artifact:
     inputs = {role: state.artifacts[name] for role, name in node.inputs.items()}
     state.reporter.say(f"{node.name} ({node.stage})", style="bold")
     try:
+        runtime = state.runtime
         work = WorkDir.open(
-            state.store.partial(node.stage, planned.fingerprint),
-            reporter=state.reporter, device=state.device, workers=state.workers,
-            sandbox=state.sandbox, memory=state.store.memory_of_answers,
+            state.store.partial(node.stage, planned.fingerprint), reporter=state.reporter,
+            executor=_executor(runtime), device=runtime.device,
+            workers=runtime.workers or os.cpu_count() or 1, sandbox=runtime.sandbox,
+            memory=state.store.memory_of_answers, engines=node.engines,
         )  # fmt: skip
         peak = measure_peak()
         summary = _run_stage(node.step, inputs, work)
@@ -318,7 +341,7 @@ def _make(state: _Run, planned: Planned) -> Artifact:
             work, final, identity=planned.identity, summary=summary,
             inputs={role: _input_entry(artifact) for role, artifact in inputs.items()},
             provenance=provenance(
-                device=state.device, threads=os.environ.get("OMP_NUM_THREADS", "")
+                device=runtime.device, threads=os.environ.get("OMP_NUM_THREADS", "")
             ),
             peak_memory_bytes=peak(),
         )  # fmt: skip
@@ -327,6 +350,14 @@ def _make(state: _Run, planned: Planned) -> Artifact:
     state.made.append(node.name)
     state.reporter.say(f"  done in {artifact.manifest['seconds']:,.1f} s  {_shown(summary)}")
     return artifact
+
+
+def _executor(runtime: Runtime) -> Executor | None:
+    if runtime.executor == "local":
+        return None
+    from tutelage.engines.fleet import RayFleet
+
+    return RayFleet(runtime.ray, threads=runtime.threads)
 
 
 def _check_unchanged(step: Step, planned: Planned, store: Store) -> None:

@@ -52,6 +52,9 @@ ROLLOUTS = pa.schema(
         pa.field("student_logp", pa.list_(pa.float32()), nullable=False),
         pa.field("finish_reason", pa.string(), nullable=False),
         pa.field("text", pa.string(), nullable=False),
+        pa.field("task", pa.string()),
+        pa.field("language", pa.string()),
+        pa.field("verdict", pa.string()),  # what a grader said; null: not graded
     ]
 )
 

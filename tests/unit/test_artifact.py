@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from tutelage.core.artifact import (
 from tutelage.core.errors import ArtifactError
 from tutelage.core.fingerprint import fingerprint
 from tutelage.core.progress import Reporter
-from tutelage.core.shards import Shard, run_shards
+from tutelage.core.shards import MakeShard, Shard, run_shards, shards
 from tutelage.store import Store
 
 IDENTITY = {"stage": "data", "version": 1, "config": {"seed": 1}, "inputs": {}}
@@ -195,14 +196,15 @@ from pathlib import Path
 from tutelage.core import files
 from tutelage.core.artifact import WorkDir
 from tutelage.core.progress import Reporter
-from tutelage.core.shards import run_shards
+from contextlib import nullcontext
+from tutelage.core.shards import run_shards, shards
 work = WorkDir.open(Path(sys.argv[1]), reporter=Reporter(quiet=True), device="cpu")
 def make(shard, on_tokens):
     files.write_text(work.path / f"{shard.name}.txt", "first")
     if shard.index == 2:
         os.kill(os.getpid(), signal.SIGKILL)  # the file is there, its ledger entry is not
     return {"teacher_decoded": 10}
-run_shards(work, 10, 3, make, label="x", tokens_each=4)
+run_shards(work, shards(10, 3), lambda: nullcontext(make), label="x", tokens_each=4)
 """
 
 
@@ -218,7 +220,7 @@ def test_a_kill_between_file_and_ledger_costs_only_that_part(store: Store) -> No
         files.write_text(work.path / f"{shard.name}.txt", "second")
         return {"teacher_decoded": 10}
 
-    run_shards(work, 10, 3, make, label="x", tokens_each=4)
+    run_shards(work, shards(10, 3), lambda: nullcontext(make), label="x", tokens_each=4)
     assert remade == ["part-00002", "part-00003"]
     assert [p.read_text() for p in finished(work, store).shards("*.txt")] == [
         "first", "first", "second", "second",
@@ -263,7 +265,8 @@ def test_a_resumed_bar_does_not_count_earlier_shards_as_speed(
         return bar(self, total, label, unit=unit, done=done)
 
     monkeypatch.setattr(Reporter, "bar", seen)
-    run_shards(work, 10, 3, lambda shard, on_tokens: {}, label="x", tokens_each=4)
+    make: MakeShard = lambda shard, on_tokens: {}  # noqa: E731
+    run_shards(work, shards(10, 3), lambda: nullcontext(make), label="x", tokens_each=4)
     assert asked == [(40, 24)]
 
 

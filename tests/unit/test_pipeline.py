@@ -34,6 +34,7 @@ from tutelage.core.progress import Reporter
 from tutelage.estimate import estimate
 from tutelage.recipe.base import Step
 from tutelage.recipe.load import load
+from tutelage.recipe.tables import Runtime
 from tutelage.store import Store
 
 RECIPE = """
@@ -578,7 +579,7 @@ def test_a_step_that_another_process_makes_is_waited_for_not_made_twice(
     rows = planned["rows"]
     with file_lock(project.store.lock("data", rows.fingerprint), wait=False) as held:
         assert held
-        state = pipeline._Run("fake", project.store, QUIET, "cpu", 1, "bubblewrap", planned)
+        state = pipeline._Run("fake", project.store, QUIET, Runtime(device="cpu"), planned)
         assert not pipeline._try(state, "rows", wait=False)
         assert project.calls == []
     assert pipeline._try(state, "rows", wait=False)

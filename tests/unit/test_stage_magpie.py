@@ -56,7 +56,7 @@ def config(**settings: Any) -> Magpie:
 @pytest.fixture
 def stage(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     made = Stage(tmp_path, AutoTokenizer.from_pretrained(model_folder))
-    made.stand_in(monkeypatch, magpie)
+    made.stand_in(monkeypatch)
     return made
 
 

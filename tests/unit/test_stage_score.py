@@ -247,7 +247,7 @@ def test_a_killed_step_goes_on_with_the_tau_it_found(
         raise AssertionError("tau was sought a second time")
 
     with monkeypatch.context() as patch:
-        patch.setattr(score, "_calibrated", found_anew)
+        patch.setattr(score, "tau_for_budget", found_anew)
         resumed = stage.run(rollouts, **settings)
     (tmp_path / "whole").mkdir()
     whole = Stage(tmp_path / "whole", stage.teacher)

@@ -105,7 +105,7 @@ class Stage(Scripted):
 @pytest.fixture
 def stage(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     made = Stage(tmp_path, AutoTokenizer.from_pretrained(model_folder))
-    made.stand_in(monkeypatch, synthesize)
+    made.stand_in(monkeypatch)
     yield made
     made.console.file.close()
 

@@ -10,9 +10,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -20,6 +20,9 @@ from tutelage.core import files
 from tutelage.core.errors import ArtifactError
 from tutelage.core.fingerprint import fingerprint
 from tutelage.core.progress import Reporter
+
+if TYPE_CHECKING:
+    from tutelage.core.shards import Executor
 
 MANIFEST = "manifest.json"
 LEDGER = "ledger.json"
@@ -112,32 +115,56 @@ def verify(artifact: Artifact) -> list[str]:
 
 
 @dataclass
-class WorkDir:
-    """The folder a stage writes in, its ledger of finished shards, and its voice to the user."""
+class Site:
+    """Where work is done, as far as a worker on another machine must know it; it can be pickled."""
 
     path: Path
-    reporter: Reporter = field(default_factory=Reporter)
+    """The step's folder; a fleet sees it under the same path."""
     device: str = "cpu"
-    ledger: dict[str, dict[str, Any]] = field(default_factory=dict)
     workers: int = 1
     """Processes that work on rows may take."""
     sandbox: str = "bubblewrap"
     """Where generated programs run: `[runtime] sandbox`."""
     memory: Path | None = None
     """The store's memory of answers, for models that are asked the same again; None for none."""
+    engines: Mapping[str, Any] = field(default_factory=dict)
+    """How the model of a role is run (`recipe.engines`); a role that is not named: by
+    transformers, here."""
+
+    def scratch(self, name: str) -> Path:
+        """A folder for checkpoints; it is removed when the step is finished."""
+        folder = self.path / SCRATCH / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+@dataclass
+class WorkDir(Site):
+    """The folder a stage writes in, its ledger of finished shards, and its voice to the user."""
+
+    reporter: Reporter = field(default_factory=Reporter)
+    ledger: dict[str, dict[str, Any]] = field(default_factory=dict)
+    executor: "Executor | None" = None
+    """Who makes shards (`core.shards`); None: this process."""
 
     @classmethod
     def open(
-        cls, path: Path, *, reporter: Reporter, device: str, workers: int = 1,
-        sandbox: str = "bubblewrap", memory: Path | None = None,
+        cls, path: Path, *, reporter: Reporter, executor: "Executor | None" = None, **site: Any
     ) -> "WorkDir":  # fmt: skip
-        """Make the folder, or go on with what an earlier attempt left in it."""
+        """Make the folder, or go on with what an earlier attempt left in it.
+
+        `site` are the other fields of `Site`.
+        """
         path.mkdir(parents=True, exist_ok=True)
         for stale in path.rglob("*.tmp"):  # what a kill left of an unfinished atomic write
             stale.unlink()
         ledger = path / LEDGER
         done = json.loads(ledger.read_text()) if ledger.exists() else {}
-        return cls(path, reporter, device, done, workers, sandbox, memory)
+        return cls(path, reporter=reporter, ledger=done, executor=executor, **site)
+
+    def site(self) -> Site:
+        """What a worker elsewhere is given of it."""
+        return Site(**{each.name: getattr(self, each.name) for each in fields(Site)})
 
     def done(self, part: str) -> bool:
         """Whether the part of this name is finished."""
@@ -156,12 +183,6 @@ class WorkDir:
         entry = {"done": done, "seconds": round(seconds, 3), "tokens": dict(tokens), **facts}
         self.ledger = {**self.ledger, part: entry}
         files.write_json(self.path / LEDGER, self.ledger)
-
-    def scratch(self, name: str) -> Path:
-        """A folder for checkpoints; it is removed when the step is finished."""
-        folder = self.path / SCRATCH / name
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
 
     def tokens(self) -> dict[str, int]:
         """Tokens of each kind over all parts."""

@@ -1,8 +1,15 @@
-"""Work in shards: each one whole on disk before the next, so that a crash costs at most one."""
+"""Work in shards: each one whole on disk before the next, so that a crash costs at most one.
+
+A stage says how to begin (`Begin`: load an engine, open files) and how to make one shard; an
+executor says where. `Local` makes them here, one after the other; a fleet (`engines/fleet.py`)
+begins on many machines and hands shards out. The ledger is kept here in both cases.
+"""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 from tutelage.core.artifact import WorkDir
 
@@ -13,37 +20,103 @@ class Shard:
 
     index: int
     items: range
+    kind: str = "part"
 
     @property
     def name(self) -> str:
         """`part-00003`: the stem of its file and its key in the ledger."""
-        return f"part-{self.index:05d}"
+        return f"{self.kind}-{self.index:05d}"
 
 
-MakeShard = Callable[[Shard, Callable[[int], None]], Mapping[str, int]]
+OnTokens = Callable[[int], None]
+MakeShard = Callable[[Shard, OnTokens], Mapping[str, int]]
+"""Writes the shard's files atomically, reports tokens as they come, and returns how many of each
+kind it cost."""
+Begin = Callable[[], AbstractContextManager[MakeShard]]
+"""Has what every shard needs, and lets go of it at the end. For a fleet it must be picklable: a
+module's function, or a partial of one."""
 
 
-def shards(count: int, rows: int) -> Iterator[Shard]:
+class Executor(Protocol):
+    """Where shards are made."""
+
+    def run(
+        self,
+        todo: Sequence[Shard],
+        begin: Begin,
+        *,
+        on_tokens: OnTokens,
+        on_done: Callable[[Shard, float, Mapping[str, int]], None],
+        say: Callable[[str], None],
+    ) -> None:
+        """Make all of `todo`; `on_done(shard, seconds, tokens)` once each one's files are there.
+
+        `on_tokens` hears of tokens as they come, from all shards that are being made together.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Local:
+    """In this process, in order."""
+
+    def run(
+        self,
+        todo: Sequence[Shard],
+        begin: Begin,
+        *,
+        on_tokens: OnTokens,
+        on_done: Callable[[Shard, float, Mapping[str, int]], None],
+        say: Callable[[str], None],
+    ) -> None:
+        """See `Executor.run`."""
+        with begin() as make:
+            for shard in todo:
+                started = time.monotonic()
+                tokens = make(shard, on_tokens)
+                on_done(shard, time.monotonic() - started, tokens)
+
+
+def shards(count: int, rows: int) -> list[Shard]:
     """Cut `count` items into shards of `rows`; the last may be smaller."""
-    for index, start in enumerate(range(0, count, rows)):
-        yield Shard(index, range(start, min(start + rows, count)))
+    starts = range(0, count, rows)
+    return [
+        Shard(index, range(start, min(start + rows, count))) for index, start in enumerate(starts)
+    ]
 
 
 def run_shards(
-    work: WorkDir, count: int, rows: int, make: MakeShard, *, label: str, tokens_each: int
-) -> None:
-    """Make every shard that is not finished yet.
+    work: WorkDir, parts: Sequence[Shard], begin: Begin, *, label: str, tokens_each: int,
+    here: bool = False,
+) -> None:  # fmt: skip
+    """Make every shard of `parts` that is not finished yet, where the work folder's executor says.
 
-    `make(shard, on_tokens)` writes the shard's files atomically, reports tokens as they come, and
-    returns how many of each kind it cost. `tokens_each` is the most an item can take: the bar runs
-    over tokens, and jumps where answers end early.
+    `tokens_each` is the most an item can take: the bar runs over tokens, and jumps where answers
+    end early. With `here` they are made in this process, whoever the executor is.
     """
-    todo = [shard for shard in shards(count, rows) if not work.done(shard.name)]
-    # Shards are made in order, so what is done comes first; counted as such, it is not in the rate.
-    done = (count - sum(len(shard.items) for shard in todo)) * tokens_each
-    with work.reporter.bar(count * tokens_each, label, unit="tokens", done=done) as bar:
-        for shard in todo:
-            started = time.monotonic()
-            tokens = make(shard, bar.advance)
-            work.commit(shard.name, seconds=time.monotonic() - started, tokens=tokens)
-            bar.advance(shard.items.stop * tokens_each - bar.done)
+    todo = [shard for shard in parts if not work.done(shard.name)]
+    if not todo:  # nothing to load a model for
+        return
+    count = sum(len(shard.items) for shard in parts)
+    finished = count - sum(len(shard.items) for shard in todo)  # is not in the rate
+    expected = {shard.name: len(shard.items) * tokens_each for shard in todo}
+    with work.reporter.bar(
+        count * tokens_each, label, unit="tokens", done=finished * tokens_each
+    ) as bar:
+        running = 0  # tokens of shards that are not done yet
+
+        def on_tokens(number: int) -> None:
+            nonlocal running
+            running += number
+            bar.advance(number)
+
+        def on_done(shard: Shard, seconds: float, tokens: Mapping[str, int]) -> None:
+            nonlocal finished, running
+            work.commit(shard.name, seconds=seconds, tokens=tokens)
+            finished += len(shard.items)
+            # What the others have so far is not told apart: the bar may lag, and never runs ahead.
+            running = max(0, running - expected[shard.name])
+            bar.advance(finished * tokens_each + running - bar.done)
+
+        executor = Local() if here or work.executor is None else work.executor
+        executor.run(todo, begin, on_tokens=on_tokens, on_done=on_done, say=work.reporter.say)

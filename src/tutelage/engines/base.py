@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
     from tutelage.targets.schema import TokenTargets
 
@@ -92,7 +94,11 @@ class Sampler(Protocol):
 
 
 class Scorer(Protocol):
-    """Reads responses under a teacher."""
+    """Reads responses under a teacher.
+
+    One that gives no whole distributions (see `recipe.engines.TopEngine`) takes a plain top-k as
+    its estimator, and no other.
+    """
 
     def score(
         self,
@@ -108,6 +114,64 @@ class Scorer(Protocol):
         The uniforms that `estimator` is given for a sequence come from (seed, key) only.
         `on_tokens` hears the number of response tokens scored since it was last called.
         """
+        ...
+
+    def label_logps(
+        self, sequences: Sequence[Scorable], *, on_tokens: Callable[[int], None]
+    ) -> list[np.ndarray]:
+        """Log-probability (nats, temperature 1, float32) of every response token, and no more."""
+        ...
+
+
+class Engine(Protocol):
+    """A model ready to answer and to read, wherever it runs; its file is `engines/<kind>.py`.
+
+    That file has `open_engine(artifact, table, *, device) -> Engine`.
+    """
+
+    @property
+    def name(self) -> str:
+        """Its kind, for the store's metadata."""
+        ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's, loaded here: ids are made and read here and nowhere else."""
+        ...
+
+    @property
+    def directory(self) -> Path:
+        """Where the tokenizer's files are."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits."""
+        ...
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of prompt and answer together; None where nothing says."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights, as far as it is known."""
+        ...
+
+    def sampler(self, *, batch_rows: int) -> Sampler:
+        """What answers; `batch_rows` sequences at a time where it is ours to say."""
+        ...
+
+    def scorer(self, *, chunk_bytes: int) -> Scorer:
+        """What reads; `chunk_bytes` of logits at a time where it is ours to say.
+
+        Raises EngineError where it cannot.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of connections and memory."""
         ...
 
 

@@ -141,6 +141,29 @@ def describe(path: Path) -> ModelFacts:
     )
 
 
+def describe_unseen(path: Path) -> ModelFacts:
+    """What config and tokenizer in `path` say of a model whose weights are elsewhere.
+
+    Its size stays unknown (0 parameters), as the config may be a smaller relative's.
+    """
+    config = read_config(path)
+    heads = _whole(config, "num_attention_heads", path)
+    return ModelFacts(
+        architecture=(config.get("architectures") or [config.get("model_type", "unknown")])[0],
+        layers=_whole(config, "num_hidden_layers", path),
+        hidden_size=_whole(config, "hidden_size", path),
+        intermediate_size=_whole(config, "intermediate_size", path),
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        vocab_size=_whole(config, "vocab_size", path),
+        tie_embeddings=False,
+        parameters=0,
+        dtype="unknown",
+        tokenizer_digest=tokenizer_digest(path),
+        bytes=0,
+    )
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """The directory's `config.json`. Raises ModelError where there is none or it is not JSON."""
     if not directory.is_dir():

@@ -66,9 +66,12 @@ class BackboneAndHead(NamedTuple):
         return logits_NV
 
 
-def load_for_inference(artifact: Artifact, *, device: str) -> Loaded:
-    """The artifact's model as it is stored, in evaluation mode. Raises ModelError, EngineError."""
-    return _load(artifact, dtype="auto", device=device)
+def load_for_inference(artifact: Artifact, *, device: str, dtype: str = "auto") -> Loaded:
+    """The artifact's model in evaluation mode, as it is stored or in another dtype.
+
+    Raises ModelError, EngineError.
+    """
+    return _load(artifact, dtype=dtype, device=device)
 
 
 def load_for_training(artifact: Artifact, *, device: str) -> Loaded:

@@ -16,8 +16,16 @@ from tutelage.core.files import is_disk_full
 from tutelage.core.fingerprint import fingerprint
 from tutelage.models import catalog
 from tutelage.models.convert import convert, converted_identity, is_converted
-from tutelage.models.inspect import ModelFacts, content_digest, describe, weight_files
-from tutelage.recipe.tables import ModelSource
+from tutelage.models.inspect import (
+    ModelFacts,
+    content_digest,
+    describe,
+    describe_unseen,
+    read_config,
+    weight_files,
+)
+from tutelage.recipe.tables import SERVED, ModelSource
+from tutelage.text.tokenizer import tokenizer_digest
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_PATTERNS = [
@@ -66,6 +74,8 @@ def locate(source: ModelSource, *, memo: Path) -> External:
     it can exist. Raises ModelError when the source is none of the known kinds, or damaged.
     """
     name = source.source
+    if source.is_served:
+        return _located_served(source, memo)
     if name.startswith(catalog.PREFIX):
         model = catalog.lookup(name)
         content, path = {"sha256": model.identity}, catalog.find(model)
@@ -92,6 +102,8 @@ def fetch(source: ModelSource, *, say: Callable[[str], None] = lambda line: None
     Raises ModelError when it cannot be had.
     """
     name = source.source
+    if source.is_served:
+        return _fetched_served(source, say)
     if name.startswith(catalog.PREFIX):
         return catalog.pull(name, say=say)
     if name.endswith(".gguf"):
@@ -103,14 +115,43 @@ def fetch(source: ModelSource, *, say: Callable[[str], None] = lambda line: None
     )
 
 
-def resolve_hub(name: str, revision: str) -> Path | None:
-    """The whole snapshot of a Hub model in the local cache, or None. Never asks the network."""
+def _located_served(source: ModelSource, memo: Path) -> External:
+    """Known by its name and revision, and by the tokenizer that is here; not by its weights."""
+    named = {"served": source.source.removeprefix(SERVED), "revision": source.revision}
+    path = _tokenizer_of(source)
+    if path is None:
+        unknown = {"tokenizer": source.tokenizer}
+        return External(source.source, None, {**named, **unknown}, None)
+    digests = {"tokenizer": tokenizer_digest(path), "config": fingerprint(read_config(path))}
+    return External(source.source, path, {**named, **digests}, describe_unseen(path))
+
+
+def _tokenizer_of(source: ModelSource) -> Path | None:
+    name = source.tokenizer
+    if name.startswith(catalog.PREFIX):
+        return catalog.find(catalog.lookup(name))
+    return _directory(name) or resolve_hub(name, "", weights=False)
+
+
+def _fetched_served(source: ModelSource, say: Callable[[str], None]) -> Path:
+    name = source.tokenizer
+    if name.startswith(catalog.PREFIX):
+        return catalog.pull(name, say=say)
+    return _tokenizer_of(source) or download_hub(name, "", code=False, weights=False, say=say)
+
+
+def resolve_hub(name: str, revision: str, *, weights: bool = True) -> Path | None:
+    """The whole snapshot of a Hub model in the local cache, or None. Never asks the network.
+
+    Without `weights`, tokenizer and config are enough.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         path = Path(snapshot_download(name, revision=revision or None, local_files_only=True))
-        weight_files(path)
+        if weights:
+            weight_files(path)
     except (LocalEntryNotFoundError, ModelError):  # never fetched, or its fetching was cut short
         return None
     except HFValidationError:
@@ -118,7 +159,9 @@ def resolve_hub(name: str, revision: str) -> Path | None:
     return path if (path / "config.json").exists() else None
 
 
-def download_hub(name: str, revision: str, *, code: bool, say: Callable[[str], None]) -> Path:
+def download_hub(
+    name: str, revision: str, *, code: bool, say: Callable[[str], None], weights: bool = True
+) -> Path:
     """Fetch a Hub model's weights, configuration and tokenizer (and, with `code`, its Python).
 
     Goes on where an earlier download stopped. Raises ModelError on a missing or gated model, a
@@ -134,12 +177,11 @@ def download_hub(name: str, revision: str, *, code: bool, say: Callable[[str], N
         RevisionNotFoundError,
     )
 
+    patterns = [p for p in HUB_PATTERNS if weights or "safetensors" not in p] + ["*.py"] * code
     wanted = f"{name} at {revision or 'main'}"
     say(f"fetching {wanted} from the Hub")
     try:
-        path = snapshot_download(
-            name, revision=revision or None, allow_patterns=HUB_PATTERNS + ["*.py"] * code
-        )
+        path = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
     except GatedRepoError:  # before its parent, RepositoryNotFoundError
         raise ModelError(
             f"{name} asks for consent first: accept its terms on its page, then run "
@@ -156,7 +198,7 @@ def download_hub(name: str, revision: str, *, code: bool, say: Callable[[str], N
             f"{wanted} is not in the local cache and the Hub cannot be reached; check the network "
             "and HF_HUB_OFFLINE, or give a directory as source"
         ) from error
-    found = resolve_hub(name, revision)
+    found = resolve_hub(name, revision, weights=weights)
     if found is None:  # offline, the client passes off what an earlier download left as the whole
         raise ModelError(
             f"{wanted} has no whole set of safetensors weights in {path}: if the network was away, "

@@ -37,4 +37,6 @@ class Step(Table):
 
     produces: ClassVar[str]
     version: ClassVar[int] = 1
+    engine_roles: ClassVar[tuple[str, ...]] = ()
+    """Inputs whose model only answers or reads, so that any engine may run it."""
     stage: str

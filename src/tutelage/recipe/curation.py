@@ -152,6 +152,7 @@ class Magpie(Step):
     """
 
     produces: ClassVar[str] = "conversations"
+    engine_roles: ClassVar[tuple[str, ...]] = ("teacher",)
     stage: Literal["magpie"]
     teacher: ModelRef
     count: PositiveInt

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from tutelage.core.errors import RecipeError
 from tutelage.recipe.base import Table
 from tutelage.recipe.curation import Columns, DataSource
+from tutelage.recipe.engines import ENGINE_TYPES
 from tutelage.recipe.evaluation import Arm, Claim, Task
-from tutelage.recipe.tables import STEP_TYPES, ModelSource, Recipe, Runtime
+from tutelage.recipe.tables import STEP_TYPES, Fleet, ModelSource, Recipe, Runtime
 
 NEW = "new"
 """The `source` of a model that is made from nothing."""
@@ -186,7 +187,8 @@ def _explain(error: ValidationError) -> str:
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     parts = [str(part) for part in fault["loc"]]
     # pydantic puts the tag of the union into the path: steps.distill.distill.lr
-    if len(parts) > 2 and parts[0] == "steps" and parts[2] in STEP_TYPES:
+    tags = {"steps": STEP_TYPES, "engines": ENGINE_TYPES}.get(parts[0], {})
+    if len(parts) > 2 and parts[2] in tags:
         del parts[2]
     where = ".".join(parts)
     if fault["type"] == "extra_forbidden":
@@ -194,7 +196,10 @@ def _explain(error: ValidationError) -> str:
         return f"{where}: unknown key{_nearest(parts[-1], known)}{more}"
     if fault["type"] == "union_tag_invalid":
         tag = fault.get("ctx", {}).get("tag", "")
-        return f"{where}.stage: no stage {tag!r}{_nearest(tag, STEP_TYPES)}{more}"
+        key = "kind" if parts[0] == "engines" else "stage"
+        return f"{where}.{key}: no {key} {tag!r}{_nearest(tag, tags)}{more}"
+    if fault["type"] == "union_tag_not_found" and parts[0] == "engines":
+        return f"{where}: an engine needs a kind, one of {', '.join(ENGINE_TYPES)}{more}"
     if fault["type"] == "union_tag_not_found":
         return f"{where}: a step needs a stage, one of {', '.join(STEP_TYPES)}{more}"
     if fault["type"] == "missing":
@@ -212,6 +217,10 @@ def _table_at(location: Sequence[str | int]) -> type[Table]:
         kind = STEP_TYPES[parts[2]]
         below = next((key for key in TABLES_BELOW if key in parts[3:-1]), "")
         return TABLES_BELOW.get(below, kind)
+    if parts[0] == "engines" and len(parts) > 3:
+        return ENGINE_TYPES[parts[2]]
+    if parts[:2] == ["runtime", "ray"] and len(parts) > 2:
+        return Fleet
     return {"models": ModelSource, "runtime": Runtime}.get(
         parts[0] if len(parts) > 1 else "", Recipe
     )

@@ -5,7 +5,7 @@ on names the step (or the model) it reads. No torch here: `tutelage plan` answer
 What makes and narrows down rows is in `curation.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
@@ -23,10 +23,28 @@ from tutelage.recipe.base import (
     Table,
 )
 from tutelage.recipe.curation import Curate, Data, Difficulty, Magpie
+from tutelage.recipe.engines import AnyEngine, EngineTable, TopEngine
 from tutelage.recipe.evaluation import Ablation, Evaluate
 from tutelage.recipe.training import Distill, Online, Sft
 
+SERVED = "served:"
 ESTIMATOR_SETTINGS = {"threshold": ("tau", "budget", "budget_unit"), "fixed": ("head", "draws")}
+
+
+class Fleet(Table):
+    """The cluster of `executor = "ray"`; its nodes see the store and the models under one path."""
+
+    address: str = "local"
+    """`local` starts Ray on this machine; `auto` joins the cluster that runs here; or HOST:PORT of
+    its head."""
+    actors: Annotated[int, Field(ge=0)] = 0
+    """Engines at a time; 0: as many as the cluster has room for when a step begins."""
+    cpus: Annotated[float, Field(gt=0)] = 1.0
+    """Of one actor."""
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    """Of one actor; a share lets several have one GPU."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Further resources of one actor, such as `{ NPU = 1 }`."""
 
 
 class Runtime(Table):
@@ -42,6 +60,10 @@ class Runtime(Table):
     device: Literal["auto", "cpu", "cuda", "npu", "mps"] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of a process; 0 takes what the machine offers."""
+    executor: Literal["local", "ray"] = "local"
+    """Where shards of `rollout`, `score`, `synthesize` and `magpie` are made: in this process, or
+    by actors of a Ray cluster, each with an engine of its own. The results are the same."""
+    ray: Fleet = Field(default_factory=lambda: Fleet())
 
 
 class NewModel(Table):
@@ -81,11 +103,14 @@ class ModelSource(Table):
     """A model from outside: where it is, and how it is cut before training."""
 
     source: str
-    """`bundled:NAME`, a Hub id `owner/name`, a directory, a `.gguf` file, or `new`."""
+    """`bundled:NAME`, a Hub id `owner/name`, a directory, a `.gguf` file, `new`, or `served:NAME`:
+    one that lives behind a server only, whose weights never come here (`[engines.*]`)."""
     new: NewModel | None = None
     """With `source = "new"`: what the model is like."""
     revision: str = ""
     """Branch, tag or commit on the Hub; a commit makes the recipe repeatable."""
+    tokenizer: str = ""
+    """With `served:NAME`: where its tokenizer and config are, as a source."""
     drop_layers: Annotated[int, Field(ge=0)] = 0
     """Remove this many layers of least block influence (arXiv 2403.03853)."""
     keep_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
@@ -96,6 +121,10 @@ class ModelSource(Table):
     def _one_cut_and_a_pinned_code(self) -> "ModelSource":
         if (self.source == "new") != (self.new is not None):
             raise ValueError('source = "new" and the table new go together')
+        if self.is_served != bool(self.tokenizer):
+            raise ValueError('source = "served:NAME" and tokenizer go together')
+        if self.is_served and self.is_pruned:
+            raise ValueError("a served model is not pruned: its weights are elsewhere")
         if self.new and self.is_pruned:
             raise ValueError("a new model is not pruned: give it fewer layers")
         if self.drop_layers and self.keep_layers:
@@ -103,6 +132,11 @@ class ModelSource(Table):
         if self.trust_remote_code and not self.revision:
             raise ValueError("trust_remote_code = true needs a pinned revision")
         return self
+
+    @property
+    def is_served(self) -> bool:
+        """Whether its weights are behind a server, and never here."""
+        return self.source.startswith(SERVED)
 
     @property
     def is_pruned(self) -> bool:
@@ -149,6 +183,7 @@ class Synthesize(Sampling):
 
     produces: ClassVar[str] = "conversations"
     version: ClassVar[int] = 3
+    engine_roles: ClassVar[tuple[str, ...]] = ("teacher", "judge")
     stage: Literal["synthesize"]
     teacher: ModelRef
     max_think_tokens: PositiveInt = 512
@@ -174,18 +209,42 @@ class Rollout(Sampling):
     """The student answers the prompts once (arXiv 2509.26497, offline on-policy)."""
 
     produces: ClassVar[str] = "rollouts"
+    version: ClassVar[int] = 2
+    engine_roles: ClassVar[tuple[str, ...]] = ("model",)
     stage: Literal["rollout"]
     model: ModelRef
+
+
+class Route(Table):
+    """Rollouts that another teacher reads."""
+
+    teacher: ModelRef
+    by: Literal["source", "task", "language", "mode"] = "source"
+    """The column of the rollouts that decides."""
+    values: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class Score(Step):
     """The teacher reads the rollouts once, prefill only, and its targets are stored."""
 
     produces: ClassVar[str] = "targets"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
+    engine_roles: ClassVar[tuple[str, ...]] = ("teacher", "routes")
     stage: Literal["score"]
     teacher: ModelRef
+    """Who reads what no route takes."""
+    routes: tuple[Route, ...] = ()
+    """Further teachers; the first route that fits a rollout takes it."""
     rollouts: RolloutsRef
+    hints: ConversationsRef = ""
+    """Rows of the same prompts that hold what the teacher may know and the student did not: gold
+    answers, or the chains of a `synthesize` step. Targets stay those of the student's own prompt
+    and tokens (self-distillation with privileged context)."""
+    hint: str = ""
+    """Added to the last message that the teacher sees, with `{answer}` for the gold answer and
+    `{response}` for the answer in `hints`. A row that lacks it is read without, and counted."""
+    hint_chain: bool = False
+    """The teacher reads a fast answer behind the chain in `hints`, as if it had thought first."""
     estimator: Literal["threshold", "fixed"] = "threshold"
     """threshold is unbiased and smallest; fixed keeps `head` ids and `draws` from the rest: `head =
     0` is pure sampling (arXiv 2503.16870), `draws = 0` a plain top-k, which is biased."""
@@ -214,6 +273,38 @@ class Score(Step):
         if self.estimator == "fixed" and self.head + self.draws == 0:
             raise ValueError("head = 0 and draws = 0 store nothing of the teacher")
         return self
+
+    @model_validator(mode="after")
+    def _hints_and_where_they_are(self) -> "Score":
+        if bool(self.hints) != bool(self.hint or self.hint_chain):
+            raise ValueError("hints names the rows, and hint or hint_chain says what of them")
+        if self.hint and not any(name in self.hint for name in ("{answer}", "{response}")):
+            raise ValueError("hint holds neither {answer} nor {response}: nothing of the row")
+        return self
+
+    def top(self, engines: Iterable[EngineTable]) -> int | None:
+        """How many of the likeliest ids its engines can give; None where they give any target.
+
+        Raises ValueError for a target that they cannot give.
+        """
+        limited = [engine for engine in engines if isinstance(engine, TopEngine)]
+        if not limited:
+            return None
+        least = min(limited, key=lambda engine: engine.top)
+        if not all(engine.scores for engine in limited):
+            raise ValueError("the engine only answers, it cannot read; take vllm's or sglang's")
+        if self.budget or (self.estimator == "fixed" and (self.draws or self.head > least.top)):
+            what = "a budget" if self.budget else f"head = {self.head} and draws = {self.draws}"
+            raise ValueError(
+                f"{what} asks for more than the {least.top} likeliest ids that the engine "
+                f"{least.kind} gives; take estimator = 'fixed', draws = 0 and head up to its top"
+            )
+        if self.temperature != 1:
+            raise ValueError(
+                f"temperature = {self.temperature} needs whole distributions, and the engine "
+                f"{least.kind} gives {least.top} ids; set temperature = 1"
+            )
+        return self.head if self.estimator == "fixed" else least.top
 
 
 class Convert(Step):
@@ -292,28 +383,42 @@ class Recipe(Table):
     seed: Seed = 0
     runtime: Runtime = Runtime()
     models: dict[str, ModelSource]
+    engines: dict[str, AnyEngine] = Field(default_factory=dict)
+    """By the name of the model or step that is run; one that is not named runs in this process."""
     steps: dict[str, AnyStep]
 
 
-def references(step: Step) -> Iterator[tuple[str, str, str]]:
-    """Every input of a step as (role, kind, name); roles of a list are `models.0`, `models.1`."""
+def references(step: Table) -> Iterator[tuple[str, str, str]]:
+    """Every input of a step as (role, kind, name).
+
+    Roles of a list are `models.0`, `models.1`; those of a list of tables `routes.0.teacher`.
+    """
     for field, info in type(step).model_fields.items():
+        value = getattr(step, field)
         if kind := next((m.kind for m in info.metadata if isinstance(m, Reads)), None):
-            if getattr(step, field):
-                yield field, kind, getattr(step, field)
+            if value:
+                yield field, kind, value
         elif kind := _kind_of_items(info.annotation):
-            for index, name in enumerate(getattr(step, field)):
+            for index, name in enumerate(value):
                 yield f"{field}.{index}", kind, name
+        elif isinstance(value, tuple):
+            for index, table in enumerate(value):
+                if isinstance(table, Table):
+                    for role, below, name in references(table):
+                        yield f"{field}.{index}.{role}", below, name
 
 
-def settings(step: Step) -> dict[str, Any]:
+def settings(step: Table) -> dict[str, Any]:
     """A step's settings without its stage and inputs: what enters its identity."""
-    inputs = {
-        field
-        for field, info in type(step).model_fields.items()
-        if any(isinstance(mark, Reads) for mark in info.metadata) or _kind_of_items(info.annotation)
-    }
-    return step.model_dump(mode="json", exclude={"stage", *inputs})
+    found = step.model_dump(mode="json", exclude={"stage"})
+    for field, info in type(step).model_fields.items():
+        value = getattr(step, field)
+        read = any(isinstance(mark, Reads) for mark in info.metadata)
+        if read or _kind_of_items(info.annotation):
+            del found[field]
+        elif isinstance(value, tuple) and any(isinstance(table, Table) for table in value):
+            found[field] = [settings(table) for table in value]
+    return found
 
 
 def _kind_of_items(annotation: Any) -> str | None:

@@ -8,6 +8,7 @@ is that of the head and one bucket for the rest.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import yaml
 
 from tutelage.core.artifact import Artifact, WorkDir
 from tutelage.core.errors import DataError
-from tutelage.core.shards import Shard, run_shards
+from tutelage.core.shards import Shard, run_shards, shards
 from tutelage.data.identity import CAPTURE_SETTINGS, local_files
 from tutelage.models.inspect import read_config
 from tutelage.models.load import directory_of, load_tokenizer
@@ -54,8 +55,8 @@ def run(config: Convert, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[
 
     lengths = rows.lengths("input_ids")
     run_shards(
-        work, len(rows), config.shard_rows, make, label="convert",
-        tokens_each=max(lengths, default=1),
+        work, shards(len(rows), config.shard_rows), lambda: nullcontext(make), label="convert",
+        tokens_each=max(lengths, default=1), here=True,
     )  # fmt: skip
     return {"rows": len(rows), "response_tokens": sum(max(0, n - 1) for n in lengths)}
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,8 +101,8 @@ def _by_pass_rate(
         return {"student_decoded": decoded}
 
     run_shards(
-        work, len(rows), config.shard_rows, make,
-        label="student answers", tokens_each=config.samples * config.max_tokens,
+        work, shards(len(rows), config.shard_rows), lambda: nullcontext(make),
+        label="student answers", tokens_each=config.samples * config.max_tokens, here=True,
     )  # fmt: skip
 
 
@@ -194,11 +195,11 @@ def _by_likelihood(config: Difficulty, student: _Student, rows: RowFiles, work: 
         write_json(scratch / f"{shard.name}.json", found)
         return {}  # what a student reads is none of the kinds of tokens that are counted
 
-    parts = list(shards(len(rows), config.shard_rows))
+    parts = shards(len(rows), config.shard_rows)
     sizes = [2 * len(p.alone.response_ids) for p in read(parts[0].items) if not isinstance(p, str)]
     run_shards(
-        work, len(rows), config.shard_rows, make,
-        label="student reads", tokens_each=sum(sizes) // max(1, len(sizes)) + 1,
+        work, parts, lambda: nullcontext(make),
+        label="student reads", tokens_each=sum(sizes) // max(1, len(sizes)) + 1, here=True,
     )  # fmt: skip
 
     def figures_of(shard: Shard) -> list[Figures]:

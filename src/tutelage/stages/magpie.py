@@ -3,17 +3,18 @@
 Whether a prompt is worth an answer is not judged here; a `curate` step filters these like others.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
-from tutelage.core.artifact import Artifact, WorkDir
+from tutelage.core.artifact import Artifact, Site, WorkDir
 from tutelage.core.errors import DataError
 from tutelage.core.files import write_json
-from tutelage.core.shards import Shard, run_shards
+from tutelage.core.shards import MakeShard, OnTokens, Shard, run_shards, shards
 from tutelage.engines.base import Completion, SamplingParams
-from tutelage.engines.sampler import TransformersSampler
-from tutelage.models.load import load_for_inference
+from tutelage.engines.opening import opened
 from tutelage.recipe.curation import Magpie
 from tutelage.records import CONVERSATIONS, write_rows
 from tutelage.text.chat import ChatFormat
@@ -28,29 +29,34 @@ def run(config: Magpie, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[s
     Equal prompts are found within a shard only. Raises ModelError where the teacher's template has
     no opening of a user's turn, DataError when no prompt is left.
     """
-    teacher = inputs["teacher"]
-    loaded = load_for_inference(teacher, device=work.device)
-    chat = ChatFormat.from_tokenizer(loaded.tokenizer)
-    opening_ids, stop_ids = chat.user_opening(config.system)
-    sampler = TransformersSampler(
-        loaded.model, batch_size=config.batch_rows, device=str(loaded.device)
-    )
-    params = SamplingParams(config.max_tokens, config.temperature, config.seed, stop_ids)
-
-    def make(shard: Shard, on_tokens: Callable[[int], None]) -> dict[str, int]:
-        keys = list(shard.items)
-        done = sampler.sample([opening_ids] * len(keys), params, keys=keys, on_tokens=on_tokens)
-        texts, left_out = _texts(chat, dict(zip(keys, done, strict=True)))
-        rows = [_record(key, text, teacher, config) for key, text in texts.items()]
-        write_rows(work.path / f"{shard.name}.parquet", rows, CONVERSATIONS)
-        write_json(work.scratch(COUNTS) / f"{shard.name}.json", {"rows": len(rows), **left_out})
-        return {"teacher_decoded": sum(len(c.response_ids) for c in done)}
-
     run_shards(
-        work, config.count, config.shard_rows, make,
+        work, shards(config.count, config.shard_rows),
+        partial(_writing, config, inputs, work.site()),
         label="teacher prompts", tokens_each=config.max_tokens,
     )  # fmt: skip
     return _summary(config, work)
+
+
+@contextlib.contextmanager
+def _writing(config: Magpie, inputs: Mapping[str, Artifact], site: Site) -> Iterator[MakeShard]:
+    teacher = inputs["teacher"]
+    with opened("teacher", inputs, site) as engine:
+        chat = ChatFormat.from_tokenizer(engine.tokenizer)
+        opening_ids, stop_ids = chat.user_opening(config.system)
+        sampler = engine.sampler(batch_rows=config.batch_rows)
+        params = SamplingParams(config.max_tokens, config.temperature, config.seed, stop_ids)
+
+        def make(shard: Shard, on_tokens: OnTokens) -> dict[str, int]:
+            keys = list(shard.items)
+            done = sampler.sample([opening_ids] * len(keys), params, keys=keys, on_tokens=on_tokens)
+            texts, left_out = _texts(chat, dict(zip(keys, done, strict=True)))
+            rows = [_record(key, text, teacher, config) for key, text in texts.items()]
+            write_rows(site.path / f"{shard.name}.parquet", rows, CONVERSATIONS)
+            counts = {"rows": len(rows), **left_out}
+            write_json(site.scratch(COUNTS) / f"{shard.name}.json", counts)
+            return {"teacher_decoded": sum(len(c.response_ids) for c in done)}
+
+        yield make
 
 
 def _texts(

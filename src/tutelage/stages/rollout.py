@@ -1,56 +1,25 @@
 """Stage `rollout`: the student answers the prompts once; ids and log-probs exactly as sampled."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from functools import partial
 
-from tutelage.core.artifact import Artifact, WorkDir
-from tutelage.core.shards import Shard, run_shards
+from tutelage.core.artifact import Artifact, Site, WorkDir
+from tutelage.core.shards import MakeShard, OnTokens, Shard, run_shards, shards
 from tutelage.engines.base import SamplingParams
-from tutelage.engines.sampler import TransformersSampler
-from tutelage.models.load import load_for_inference
+from tutelage.engines.opening import opened
 from tutelage.recipe.tables import Rollout
-from tutelage.records import ROLLOUTS, prompt_messages, read_rows, write_rows
+from tutelage.records import ROLLOUTS, RowFiles, prompt_messages, read_rows, write_rows
 from tutelage.text.chat import ChatFormat
 
 
 def run(config: Rollout, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[str, float]:
     """Sample `samples` answers a prompt; returns counts, mean length and the share cut off."""
-    prompts = list(read_rows(inputs["prompts"].shards()))
-    loaded = load_for_inference(inputs["model"], device=work.device)
-    chat = ChatFormat.from_tokenizer(loaded.tokenizer)
-    sampler = TransformersSampler(
-        loaded.model, batch_size=config.batch_rows, device=str(loaded.device)
-    )
-    params = SamplingParams(
-        max_tokens=config.max_tokens, temperature=config.temperature, seed=config.seed,
-        stop_ids=chat.stop_ids,
-    )  # fmt: skip
-
-    def make(shard: Shard, on_tokens: Callable[[int], None]) -> dict[str, int]:
-        rows = [prompts[item // config.samples] for item in shard.items]
-        prompt_ids = [chat.prompt_ids(prompt_messages(row), config.mode) for row in rows]
-        # The key is the item's own number, so a shard's answers do not depend on who samples it.
-        done = sampler.sample(prompt_ids, params, keys=list(shard.items), on_tokens=on_tokens)
-        records = [
-            {
-                "id": f"{row['id']}/{config.mode}/{item % config.samples}",
-                "prompt_id": row["id"],
-                "source": row["source"],
-                "mode": config.mode,
-                "prompt_ids": ids,
-                "response_ids": list(completion.response_ids),
-                "student_logp": list(completion.logps),
-                "finish_reason": completion.finish_reason,
-                "text": chat.tokenizer.decode(list(completion.response_ids)),
-            }
-            for row, item, ids, completion in zip(rows, shard.items, prompt_ids, done, strict=True)
-        ]
-        write_rows(work.path / f"{shard.name}.parquet", records, ROLLOUTS)
-        return {"student_decoded": sum(len(c.response_ids) for c in done)}
-
-    total = len(prompts) * config.samples
+    total = len(RowFiles(inputs["prompts"].shards())) * config.samples
     run_shards(
-        work, total, config.shard_rows, make, label="student answers", tokens_each=config.max_tokens
-    )
+        work, shards(total, config.shard_rows), partial(_answering, config, inputs, work.site()),
+        label="student answers", tokens_each=config.max_tokens,
+    )  # fmt: skip
     lengths = [
         (len(row["response_ids"]), row["finish_reason"] == "length")
         for row in read_rows(sorted(work.path.glob("part-*.parquet")))
@@ -60,3 +29,42 @@ def run(config: Rollout, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[
         "mean_tokens": sum(length for length, _ in lengths) / len(lengths),
         "truncated_share": sum(cut for _, cut in lengths) / len(lengths),
     }
+
+
+@contextlib.contextmanager
+def _answering(config: Rollout, inputs: Mapping[str, Artifact], site: Site) -> Iterator[MakeShard]:
+    prompts = list(read_rows(inputs["prompts"].shards()))
+    with opened("model", inputs, site) as engine:
+        chat = ChatFormat.from_tokenizer(engine.tokenizer)
+        sampler = engine.sampler(batch_rows=config.batch_rows)
+        params = SamplingParams(
+            max_tokens=config.max_tokens, temperature=config.temperature, seed=config.seed,
+            stop_ids=chat.stop_ids,
+        )  # fmt: skip
+
+        def make(shard: Shard, on_tokens: OnTokens) -> dict[str, int]:
+            rows = [prompts[item // config.samples] for item in shard.items]
+            prompt_ids = [chat.prompt_ids(prompt_messages(row), config.mode) for row in rows]
+            # The key is the item's own number: a shard's answers do not depend on who samples it.
+            done = sampler.sample(prompt_ids, params, keys=list(shard.items), on_tokens=on_tokens)
+            records = [
+                {
+                    "id": f"{row['id']}/{config.mode}/{item % config.samples}",
+                    "prompt_id": row["id"],
+                    "source": row["source"],
+                    "mode": config.mode,
+                    "prompt_ids": ids,
+                    "response_ids": list(answer.response_ids),
+                    "student_logp": list(answer.logps),
+                    "finish_reason": answer.finish_reason,
+                    "text": chat.tokenizer.decode(list(answer.response_ids)),
+                    "task": row["task"],
+                    "language": row["language"],
+                    "verdict": None,
+                }
+                for row, item, ids, answer in zip(rows, shard.items, prompt_ids, done, strict=True)
+            ]
+            write_rows(site.path / f"{shard.name}.parquet", records, ROLLOUTS)
+            return {"student_decoded": sum(len(answer.response_ids) for answer in done)}
+
+        yield make

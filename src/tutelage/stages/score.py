@@ -1,20 +1,25 @@
 """Stage `score`: the teacher reads the rollouts once, by prefill; sparse targets are stored."""
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tutelage.core.artifact import Artifact, WorkDir
-from tutelage.core.errors import DataError
+from tutelage.core.artifact import Artifact, Site, WorkDir
+from tutelage.core.errors import DataError, EngineError
 from tutelage.core.files import write_json
-from tutelage.core.shards import Shard, run_shards
-from tutelage.engines.base import Scorable
+from tutelage.core.shards import MakeShard, OnTokens, Shard, run_shards, shards
+from tutelage.data.hints import Hints
+from tutelage.engines.base import Engine, Scorable
+from tutelage.engines.opening import opened
 from tutelage.engines.scorer import TransformersScorer
-from tutelage.models.load import Loaded, load_for_inference
+from tutelage.recipe.engines import HERE, EngineTable
 from tutelage.recipe.tables import Score
 from tutelage.records import RowFiles
 from tutelage.targets.calibrate import tau_for_budget
@@ -28,79 +33,223 @@ from tutelage.text.tokenizer import tokenizer_digest
 CALIBRATION = "calibration.json"
 CALIBRATION_TOKENS = 512
 CALIBRATION_ROWS = 32
+COUNTS = "counts"  # in scratch, a file a shard: what a resumed run must still know
+DEFAULT = "teacher"
+"""The role of the teacher that reads what no route takes."""
 
 
-def run(config: Score, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[str, float]:
+def run(config: Score, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[str, Any]:
     """Score every rollout; returns counts, ids and bytes a token, and how near the teacher is.
 
-    An empty rollout has no token to score and is left out, and counted.
+    An empty rollout has no token to score and is left out, and counted. With several teachers the
+    rows of one stand together, so that one teacher is in memory at a time.
     """
     rollouts = RowFiles(inputs["rollouts"].shards())
     responses = rollouts.lengths("response_ids")
     if not any(responses):
         raise DataError("every rollout is empty: the student ends its turn at once")
-    loaded = load_for_inference(inputs["teacher"], device=work.device)
-    scorer = TransformersScorer(
-        loaded.model, device=str(loaded.device), chunk_bytes=config.logit_chunk_mb * 2**20
-    )
-    estimator = _estimator(config, scorer, rollouts, work)
-    meta = _meta(config, inputs, loaded, estimator)
-
-    def make(shard: Shard, on_tokens: Callable[[int], None]) -> dict[str, int]:
-        numbered = zip(shard.items, rollouts.rows(shard.items), strict=True)
-        kept = [(key, row) for key, row in numbered if row["response_ids"]]
-        rows = [row for _, row in kept]
-        scored = scorer.score(
-            [_scorable(row) for row in rows], estimator=estimator, seed=config.seed,
-            keys=[key for key, _ in kept], on_tokens=on_tokens,
-        )  # fmt: skip
-        targets = [_row(row, target) for row, target in zip(rows, scored, strict=True)]
-        write_shard(work.path / f"{shard.name}.parquet", targets, meta=meta)
-        return {"teacher_prefilled": sum(map(_length, rows))}
-
+    routed = _routed(config, rollouts)
+    site = work.site()
+    if config.budget:  # once, by whoever holds a teacher: tau is in a file for all shards
+        measure = partial(_calibrating, config, inputs, site)
+        run_shards(
+            work, [Shard(0, range(1), "calibration")], measure, label="budget", tokens_each=1
+        )
+        tau = json.loads((work.path / CALIBRATION).read_text())["tau"]
+        work.reporter.say(f"  tau {tau:.4f} buys {config.budget} {config.budget_unit} a token")
     run_shards(
-        work, len(rollouts), config.shard_rows, make,
+        work, routed.shards(config.shard_rows), partial(_reading, config, inputs, site),
         label="teacher reads", tokens_each=max(responses),
     )  # fmt: skip
-    tau = {} if estimator.tau is None else {"tau": estimator.tau}
-    return {**_summary(work), "empty": responses.count(0), **tau}
+    return {**_summary(config, work), "empty": responses.count(0), **routed.counts()}
 
 
-def _estimator(
-    config: Score, scorer: TransformersScorer, rollouts: RowFiles, work: WorkDir
-) -> Threshold | Fixed:
+@dataclass(frozen=True)
+class _Routed:
+    """The rollouts' numbers in the order they are read, and who reads each stretch of them."""
+
+    order: Sequence[int]
+    stretches: Mapping[str, range]
+    """Role of the teacher -> places in `order`."""
+
+    def shards(self, rows: int) -> list[Shard]:
+        """Shards of one teacher each."""
+        found: list[Shard] = []
+        for places in self.stretches.values():
+            for shard in shards(len(places), rows):
+                items = range(places.start + shard.items.start, places.start + shard.items.stop)
+                found.append(Shard(len(found), items))
+        return found
+
+    def role(self, place: int) -> str:
+        """Who reads the rollout at this place."""
+        return next(role for role, places in self.stretches.items() if place in places)
+
+    def counts(self) -> dict[str, int]:
+        """Rows of each teacher, where there are several."""
+        if len(self.stretches) == 1:
+            return {}
+        return {f"rows of {role.removesuffix('.teacher')}": len(places)
+                for role, places in self.stretches.items()}  # fmt: skip
+
+
+def _routed(config: Score, rollouts: RowFiles) -> _Routed:
+    if not config.routes:
+        return _Routed(range(len(rollouts)), {DEFAULT: range(len(rollouts))})
+    columns = {route.by for route in config.routes}
+    tables = list(rollouts.tables(range(len(rollouts))))
+    values = {name: [v for table in tables for v in table[name].to_pylist()] for name in columns}
+    roles: dict[str, list[int]] = {f"routes.{i}.teacher": [] for i in range(len(config.routes))}
+    roles = {DEFAULT: [], **roles}
+    for number in range(len(rollouts)):
+        taken = (i for i, r in enumerate(config.routes) if values[r.by][number] in r.values)
+        found = next(taken, None)
+        roles[DEFAULT if found is None else f"routes.{found}.teacher"].append(number)
+    for index, route in enumerate(config.routes):
+        if not roles[f"routes.{index}.teacher"]:
+            raise DataError(
+                f"routes.{index}: no rollout whose {route.by} is {' or '.join(route.values)}; "
+                f"there are {', '.join(sorted({str(v) for v in values[route.by]})[:8])}"
+            )
+    order: list[int] = []
+    stretches: dict[str, range] = {}
+    for role, numbers in roles.items():
+        if numbers:
+            stretches[role] = range(len(order), len(order) + len(numbers))
+            order += numbers
+    return _Routed(order, stretches)
+
+
+@contextlib.contextmanager
+def _reading(config: Score, inputs: Mapping[str, Artifact], site: Site) -> Iterator[MakeShard]:
+    rollouts = RowFiles(inputs["rollouts"].shards())
+    routed = _routed(config, rollouts)
+    estimator = _estimator(config, site)
+    with _Teachers(config, inputs, site) as teachers:
+
+        def make(shard: Shard, on_tokens: OnTokens) -> dict[str, int]:
+            numbers = [routed.order[place] for place in shard.items]
+            engine, hints = teachers.of(routed.role(shard.items.start))
+            scorer = engine.scorer(chunk_bytes=config.logit_chunk_mb * 2**20)
+            numbered = zip(numbers, _rows(rollouts, numbers), strict=True)
+            kept = [(key, row) for key, row in numbered if row["response_ids"]]
+            rows = [row for _, row in kept]
+            known = [hints.prompt_ids(row) if hints else None for row in rows]
+            # The key is the row's own number: neither routes nor workers change what is drawn.
+            scored = scorer.score(
+                [_scorable(row, ids) for row, ids in zip(rows, known, strict=True)],
+                estimator=estimator, seed=config.seed, keys=[key for key, _ in kept],
+                on_tokens=on_tokens,
+            )  # fmt: skip
+            targets = [_row(row, target) for row, target in zip(rows, scored, strict=True)]
+            meta = _meta(config, inputs, site, engine, estimator)
+            write_shard(site.path / f"{shard.name}.parquet", targets, meta=meta)
+            if config.hints:
+                unhinted = sum(ids is None for ids in known)
+                write_json(site.scratch(COUNTS) / f"{shard.name}.json", {"unhinted": unhinted})
+            return {"teacher_prefilled": sum(map(_length, rows))}
+
+        yield make
+
+
+class _Teachers:
+    """One engine at a time: the last one is closed before another one is opened."""
+
+    def __init__(self, config: Score, inputs: Mapping[str, Artifact], site: Site) -> None:
+        self._config, self._inputs, self._site = config, inputs, site
+        self._role = ""
+        self._stack = contextlib.ExitStack()
+
+    def of(self, role: str) -> tuple[Engine, Hints | None]:
+        if role != self._role:
+            self._stack.close()
+            engine = self._stack.enter_context(opened(role, self._inputs, self._site))
+            self._role, self._engine, self._hints = role, engine, self._hinting(engine)
+        return self._engine, self._hints
+
+    def _hinting(self, engine: Engine) -> Hints | None:
+        if not self._config.hints:
+            return None
+        return Hints.read(
+            ChatFormat.from_tokenizer(engine.tokenizer), self._inputs["hints"].shards(),
+            text=self._config.hint, chain=self._config.hint_chain, context=engine.context,
+        )  # fmt: skip
+
+    def __enter__(self) -> "_Teachers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def _rows(rollouts: RowFiles, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    for number in numbers:
+        yield from rollouts.rows(range(number, number + 1))
+
+
+def _tables(config: Score, site: Site) -> dict[str, EngineTable]:
+    """How each teacher of the step is run."""
+    roles = [DEFAULT, *(f"routes.{index}.teacher" for index in range(len(config.routes)))]
+    return {role: site.engines.get(role, HERE) for role in roles}
+
+
+def _estimator(config: Score, site: Site) -> Threshold | Fixed:
+    if top := config.top(_tables(config, site).values()):
+        return Fixed(top, 0)
     if config.estimator == "fixed":
         return Fixed(config.head, config.draws, config.temperature)
     if not config.budget:
         return Threshold(config.tau, config.temperature)
-    kept = work.path / CALIBRATION  # found once: a resumed run must not find a hair another one
-    if not kept.exists():
-        tau = _calibrated(config, scorer, rollouts)
-        write_json(kept, {"tau": tau, "budget": config.budget, "unit": config.budget_unit})
-        work.reporter.say(f"  tau {tau:.4f} buys {config.budget} {config.budget_unit} a token")
-    return Threshold(json.loads(kept.read_text())["tau"], config.temperature)
+    found = json.loads((site.path / CALIBRATION).read_text())
+    return Threshold(found["tau"], config.temperature)
 
 
-def _calibrated(config: Score, scorer: TransformersScorer, rollouts: RowFiles) -> float:
-    """tau for the budget, on tokens spread evenly over the rollouts."""
-    answered = np.flatnonzero(rollouts.lengths("response_ids"))
-    spread = np.linspace(0, len(answered) - 1, min(CALIBRATION_ROWS, len(answered)))
-    chosen = answered[spread.round().astype(int)].tolist()
-    rows = [row for index in chosen for row in rollouts.rows(range(index, index + 1))]
-    sequences = [_scorable(row) for row in rows]
-    hidden_ND = scorer.hidden_states(sequences, on_tokens=lambda count: None)
-    picked = torch.linspace(0, len(hidden_ND) - 1, min(CALIBRATION_TOKENS, len(hidden_ND))).long()
+@contextlib.contextmanager
+def _calibrating(config: Score, inputs: Mapping[str, Artifact], site: Site) -> Iterator[MakeShard]:
+    """tau for the budget, on tokens spread evenly over the rollouts, each read by its teacher."""
+    rollouts = RowFiles(inputs["rollouts"].shards())
+    routed = _routed(config, rollouts)
+
+    def make(shard: Shard, on_tokens: OnTokens) -> dict[str, int]:
+        responses = rollouts.lengths("response_ids")
+        answered = [place for place, number in enumerate(routed.order) if responses[number]]
+        spread = np.linspace(0, len(answered) - 1, min(CALIBRATION_ROWS, len(answered)))
+        places = [answered[index] for index in spread.round().astype(int)]
+        share = CALIBRATION_TOKENS // len(routed.stretches)
+        logits = []
+        with _Teachers(config, inputs, site) as teachers:
+            for role in dict.fromkeys(routed.role(place) for place in places):
+                engine, hints = teachers.of(role)
+                numbers = [routed.order[p] for p in places if routed.role(p) == role]
+                rows = list(_rows(rollouts, numbers))
+                read = [_scorable(row, hints.prompt_ids(row) if hints else None) for row in rows]
+                logits.append(_logits(config, engine, read, share))
+        tau = tau_for_budget(
+            torch.cat(logits), budget=config.budget, unit=config.budget_unit,
+            temperature=config.temperature,
+        )  # fmt: skip
+        # Kept in a file: a resumed run must not find a hair another one.
+        found = {"tau": tau, "budget": config.budget, "unit": config.budget_unit}
+        write_json(site.path / CALIBRATION, found)
+        return {}
+
+    yield make
+
+
+def _logits(config: Score, engine: Engine, read: Sequence[Scorable], count: int) -> Tensor:
+    """Logits of `count` tokens, evenly over the answers, on the CPU."""
+    scorer = engine.scorer(chunk_bytes=config.logit_chunk_mb * 2**20)
+    if not isinstance(scorer, TransformersScorer):  # `Score.top` has refused others before
+        raise EngineError(f"a budget needs the engine transformers, not {engine.name}")
+    hidden_ND = scorer.hidden_states(read, on_tokens=lambda number: None)
+    picked = torch.linspace(0, len(hidden_ND) - 1, min(count, len(hidden_ND))).long()
     with torch.inference_mode():
-        logits_NV: Tensor = scorer.head.logits(hidden_ND[picked.to(hidden_ND.device)])
-    return tau_for_budget(
-        logits_NV, budget=config.budget, unit=config.budget_unit, temperature=config.temperature
-    )
+        return scorer.head.logits(hidden_ND[picked.to(hidden_ND.device)]).cpu()
 
 
-def _scorable(rollout: Mapping[str, Any]) -> Scorable:
-    return Scorable(
-        tuple(rollout["prompt_ids"]), tuple(rollout["response_ids"]), name=rollout["id"]
-    )
+def _scorable(rollout: Mapping[str, Any], prompt_ids: Sequence[int] | None) -> Scorable:
+    read = rollout["prompt_ids"] if prompt_ids is None else prompt_ids
+    return Scorable(tuple(read), tuple(rollout["response_ids"]), name=rollout["id"])
 
 
 def _length(rollout: Mapping[str, Any]) -> int:
@@ -108,17 +257,20 @@ def _length(rollout: Mapping[str, Any]) -> int:
 
 
 def _meta(
-    config: Score, inputs: Mapping[str, Artifact], loaded: Loaded, estimator: Threshold | Fixed
-) -> StoreMeta:
+    config: Score, inputs: Mapping[str, Artifact], site: Site, engine: Engine,
+    estimator: Threshold | Fixed,
+) -> StoreMeta:  # fmt: skip
+    """The same for all shards, whoever reads them: several teachers stand in one line."""
+    tables = _tables(config, site)
     return StoreMeta(
         student=inputs["rollouts"].manifest["inputs"]["model"]["fingerprint"],
-        teacher=inputs["teacher"].fingerprint,
-        tokenizer=tokenizer_digest(loaded.directory),
-        chat_template=ChatFormat.from_tokenizer(loaded.tokenizer).fingerprint,
-        vocab_size=loaded.model.config.vocab_size,
+        teacher="+".join(dict.fromkeys(inputs[role].fingerprint for role in tables)),
+        tokenizer=tokenizer_digest(engine.directory),
+        chat_template=ChatFormat.from_tokenizer(engine.tokenizer).fingerprint,
+        vocab_size=engine.vocab_size,
         temperature=config.temperature,
-        engine="transformers",
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        engine="+".join(dict.fromkeys(table.kind for table in tables.values())),
+        dtype="several" if config.routes else engine.dtype,
         estimator=estimator.name,
         tau=estimator.tau,
     )
@@ -127,14 +279,15 @@ def _meta(
 def _row(rollout: Mapping[str, Any], targets: TokenTargets) -> TargetRow:
     return TargetRow(
         id=rollout["id"], prompt_id=rollout["prompt_id"], source=rollout["source"],
-        mode=rollout["mode"], finish_reason=rollout["finish_reason"], verdict=None,
+        mode=rollout["mode"], finish_reason=rollout["finish_reason"],
+        verdict=rollout["verdict"],
         prompt_ids=np.asarray(rollout["prompt_ids"], np.int32),
         response_ids=np.asarray(rollout["response_ids"], np.int32),
         student_logp_N=np.asarray(rollout["student_logp"], np.float32), targets=targets,
     )  # fmt: skip
 
 
-def _summary(work: WorkDir) -> dict[str, float]:
+def _summary(config: Score, work: WorkDir) -> dict[str, Any]:
     """Sums over row groups, so that no store need fit into memory."""
     paths = sorted(work.path.glob("part-*.parquet"))
     reader = TargetReader(paths)
@@ -153,4 +306,12 @@ def _summary(work: WorkDir) -> dict[str, float]:
         "response_tokens": tokens,
         "bytes_per_token": sum(path.stat().st_size for path in paths) / tokens,
         **{name: value / tokens for name, value in sums.items()},
+        **({} if reader.meta.tau is None else {"tau": reader.meta.tau}),
+        **({"unhinted": _unhinted(work)} if config.hints else {}),
     }
+
+
+def _unhinted(work: WorkDir) -> int:
+    return sum(
+        json.loads(path.read_text())["unhinted"] for path in work.scratch(COUNTS).glob("*.json")
+    )

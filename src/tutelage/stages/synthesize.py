@@ -9,24 +9,25 @@ that passed, and of a prompt's answers that are left the shortest may be taken (
 A shard holds whole prompts, so all of it is decided there, and what falls is kept aside with why.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tutelage.core.artifact import Artifact, WorkDir
+from tutelage.core.artifact import Artifact, Site, WorkDir
 from tutelage.core.errors import DataError
 from tutelage.core.files import atomic_path, write_json, write_text
-from tutelage.core.shards import Shard, run_shards
+from tutelage.core.shards import MakeShard, OnTokens, Shard, run_shards, shards
 from tutelage.data.prepare import Dropped
-from tutelage.engines.base import Completion, SamplingParams
-from tutelage.engines.sampler import TransformersSampler
+from tutelage.engines.base import Completion, Engine, Sampler, SamplingParams
+from tutelage.engines.opening import opened
 from tutelage.evals.graders import can_grade, resolved
 from tutelage.evals.grading import Given, Grading
 from tutelage.evals.judge import MOST, REPLY_TOKENS, judge_messages, parse_rating
 from tutelage.evals.textmatch import answer_length
-from tutelage.models.load import load_for_inference
 from tutelage.recipe.tables import Synthesize
 from tutelage.records import CONVERSATIONS, RowFiles, prompt_messages, write_rows
 from tutelage.text.chat import ChatFormat
@@ -37,12 +38,10 @@ UNFINISHED, FAILED, JUDGED = "unfinished", "failed", "judged"
 QUARANTINE = "quarantine"
 COUNTS = "counts"  # in scratch, a file a shard, as what falls: a resumed run must still know both
 
-OnTokens = Callable[[int], None]
-
 
 @dataclass(frozen=True)
 class _Speaker:
-    sampler: TransformersSampler
+    sampler: Sampler
     chat: ChatFormat
 
 
@@ -53,7 +52,7 @@ class _Job:
     judge: _Speaker | None
     grading: Grading
     source: str
-    work: WorkDir
+    site: Site
 
 
 @dataclass(frozen=True)
@@ -91,53 +90,56 @@ def run(config: Synthesize, inputs: Mapping[str, Artifact], work: WorkDir) -> di
     """
     if config.verifier:
         resolved(config.verifier, {})  # an unknown name fails before any work is done
-    with Grading(work.sandbox, workers=work.workers) as grading:
-        return _run(config, inputs, work, grading)
-
-
-def _run(
-    config: Synthesize, inputs: Mapping[str, Artifact], work: WorkDir, grading: Grading
-) -> dict[str, float]:
     prompts = RowFiles(inputs["prompts"].shards())
-    job = _job(config, inputs, work, grading)
-
-    def make(shard: Shard, on_tokens: OnTokens) -> dict[str, int]:
-        rows = list(prompts.rows(shard.items))
-        if config.verifier:
-            grading.check(config.verifier, rows)
-        asked, decoded = _candidates(job, rows, shard.items.start, on_tokens)
-        kept, read = _sifted(job, asked, shard, on_tokens)
-        write_rows(work.path / f"{shard.name}.parquet", [c.record for c in kept], CONVERSATIONS)
-        return {"teacher_decoded": decoded + read}
-
     each = config.max_tokens + (config.max_think_tokens if config.mode == "reasoning" else 0)
-    each += REPLY_TOKENS if job.judge else 0
+    each += REPLY_TOKENS if config.judge else 0
     run_shards(
-        work, len(prompts), max(1, config.shard_rows // config.samples), make,
+        work, shards(len(prompts), max(1, config.shard_rows // config.samples)),
+        partial(_answering, config, inputs, work.site()),
         label="teacher answers", tokens_each=each * config.samples,
     )  # fmt: skip
     return _summary(config, work)
 
 
+@contextlib.contextmanager
+def _answering(
+    config: Synthesize, inputs: Mapping[str, Artifact], site: Site
+) -> Iterator[MakeShard]:
+    prompts = RowFiles(inputs["prompts"].shards())
+    with contextlib.ExitStack() as stack:
+        job = _job(config, inputs, site, stack)
+
+        def make(shard: Shard, on_tokens: OnTokens) -> dict[str, int]:
+            rows = list(prompts.rows(shard.items))
+            if config.verifier:
+                job.grading.check(config.verifier, rows)
+            asked, decoded = _candidates(job, rows, shard.items.start, on_tokens)
+            kept, read = _sifted(job, asked, shard, on_tokens)
+            write_rows(site.path / f"{shard.name}.parquet", [c.record for c in kept], CONVERSATIONS)
+            return {"teacher_decoded": decoded + read}
+
+        yield make
+
+
 def _job(
-    config: Synthesize, inputs: Mapping[str, Artifact], work: WorkDir, grading: Grading
+    config: Synthesize, inputs: Mapping[str, Artifact], site: Site, stack: contextlib.ExitStack
 ) -> _Job:
+    grading = stack.enter_context(Grading(site.sandbox, workers=site.workers))
     teacher, judge = inputs["teacher"], inputs.get("judge")
     source = f"teacher:{teacher.fingerprint[:12]}"
-    answering = _speaker(teacher, config, work)
+    answering = _speaker(stack.enter_context(opened("teacher", inputs, site)), config)
     if judge is None:
-        return _Job(config, answering, None, grading, source, work)
+        return _Job(config, answering, None, grading, source, site)
     same = judge.fingerprint == teacher.fingerprint  # then it is in memory once
-    judging = answering if same else _speaker(judge, config, work)
-    return _Job(config, answering, judging, grading, source, work)
+    judging = answering
+    if not same:
+        judging = _speaker(stack.enter_context(opened("judge", inputs, site)), config)
+    return _Job(config, answering, judging, grading, source, site)
 
 
-def _speaker(artifact: Artifact, config: Synthesize, work: WorkDir) -> _Speaker:
-    loaded = load_for_inference(artifact, device=work.device)
-    sampler = TransformersSampler(
-        loaded.model, batch_size=config.batch_rows, device=str(loaded.device)
-    )
-    return _Speaker(sampler, ChatFormat.from_tokenizer(loaded.tokenizer))
+def _speaker(engine: Engine, config: Synthesize) -> _Speaker:
+    sampler = engine.sampler(batch_rows=config.batch_rows)
+    return _Speaker(sampler, ChatFormat.from_tokenizer(engine.tokenizer))
 
 
 def _candidates(
@@ -246,7 +248,7 @@ def _sifted(
     for dropped in (unfinished, failed, judged_out):
         if dropped:
             lines = "".join(row.line() for row in dropped)
-            write_text(_aside(job.work, dropped[0].name) / f"{shard.name}.jsonl", lines)
+            write_text(_aside(job.site, dropped[0].name) / f"{shard.name}.jsonl", lines)
     unjudged = sum(not _judgeable(c, config) for c in finished)
     counts = {
         "rows": len(kept), "asked": len(asked), "unfinished": len(unfinished),
@@ -257,7 +259,7 @@ def _sifted(
         "tokens": sum(c.tokens for c in kept),
         "left": len(passed), "tokens_left": sum(c.tokens for c in passed),
     }  # fmt: skip
-    write_json(job.work.scratch(COUNTS) / f"{shard.name}.json", counts)
+    write_json(job.site.scratch(COUNTS) / f"{shard.name}.json", counts)
     return kept, said
 
 
@@ -336,8 +338,8 @@ def _cost(candidate: _Candidate) -> tuple[bool, int]:
     return not candidate.record["complete"], candidate.tokens
 
 
-def _aside(work: WorkDir, name: str) -> Path:
-    return work.scratch(f"aside-{name}")
+def _aside(site: Site, name: str) -> Path:
+    return site.scratch(f"aside-{name}")
 
 
 def _summary(config: Synthesize, work: WorkDir) -> dict[str, float]:
