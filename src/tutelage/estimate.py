@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from tutelage.bench.pace import Pace
 from tutelage.core.artifact import open_artifact
 from tutelage.core.errors import RecipeError
 from tutelage.data.identity import local_files, source_files
@@ -73,26 +74,35 @@ class _Model:
     parameters: int
     bytes: int
     vocab_size: int
+    pace: Pace | None = None
+    """As measured here, of this model or of the one it is made from."""
+    own: bool = True
+    """Whether the pace is its own, so that its answers' length is known too."""
 
 
 UNKNOWN_MODEL = _Model(0, 0, 0)
 
 
-def estimate(planned: Sequence[Planned], store: Store) -> dict[str, Estimate]:
-    """An estimate for each step of a plan, by name."""
+def estimate(
+    planned: Sequence[Planned], store: Store, *, paces: Mapping[str, Pace] | None = None
+) -> dict[str, Estimate]:
+    """An estimate for each step of a plan, by name; `paces` is what `measure` found, by model."""
+    paces = paces or {}
     found: dict[str, Estimate] = {}
     models: dict[str, _Model] = {}
     for item in planned:
         node = item.node
         if node.source:
-            models[node.name] = _outside(node.source, store)
+            models[node.name] = replace(_outside(node.source, store), pace=paces.get(node.name))
             found[node.name] = Estimate()
             continue
         assert node.step is not None
         if isinstance(node.step, New):
             models[node.name] = _made(node, node.step, models)
         elif node.produces == "model":
-            models[node.name] = models[node.inputs["model"]]  # an upper bound for a pruned one
+            made_from = models[node.inputs["model"]]  # an upper bound for a pruned one
+            own = paces.get(node.name)
+            models[node.name] = replace(made_from, pace=own or made_from.pace, own=bool(own))
         if known := _finished(item, store):
             found[node.name] = known
             continue
@@ -130,7 +140,7 @@ def _guess(step: Step, inputs: Mapping[str, Estimate], models: Mapping[str, _Mod
         return Estimate(rows=rows, disk_bytes=rows * 400)
     if isinstance(step, Magpie | Difficulty | Synthesize | Rollout):
         rows, answers = _answers(step, inputs)
-        decoded = int(answers * _answer_tokens(step))
+        decoded = int(answers * _answer_tokens(step, model))
         return Estimate(
             rows, decoded=decoded, disk_bytes=decoded * 12, memory_bytes=int(model.bytes * 1.6)
         )
@@ -274,10 +284,15 @@ def _answers(
     return rows if shortest else rows * step.samples, rows * step.samples
 
 
-def _answer_tokens(step: Magpie | Difficulty | Synthesize | Rollout) -> float:
+def _answer_tokens(
+    step: Magpie | Difficulty | Synthesize | Rollout, model: _Model = UNKNOWN_MODEL
+) -> float:
+    """The measured mean where the model's own answers were measured; a chain is never known."""
     longest = step.max_tokens
     if isinstance(step, Synthesize) and step.mode == "reasoning":
         longest += step.max_think_tokens
+    elif model.pace and model.own:
+        return model.pace.answer_tokens(longest)
     return longest * ANSWER_SHARE
 
 
@@ -290,9 +305,27 @@ def _timed(guess: Estimate, stage: str, models: Mapping[str, _Model]) -> Estimat
     work = {"decode": guess.decoded, "read": guess.read, "train": guess.trained}
     if stage == "score":
         work["decode"] = 0  # its decoded count only tells how long the answers are
+    measured = [model.pace for model in models.values() if model.pace]
+    if measured and len(measured) == len(models):
+        return _at_pace(guess, work, measured)
     operations = sum(tokens * OPERATIONS[kind] * parameters for kind, tokens in work.items())
     rate = CORE_FLOPS * (os.cpu_count() or 1)
     return replace(guess, minutes=operations / rate / 60)
+
+
+def _at_pace(guess: Estimate, work: Mapping[str, int], paces: Sequence[Pace]) -> Estimate:
+    """At the slowest of the measured paces; the peak is of the process that did the same."""
+    seconds = work["decode"] * max(pace.decode_s for pace in paces)
+    seconds += work["read"] * max(pace.read_s or pace.decode_s for pace in paces)
+    trains = [pace.train_s for pace in paces if pace.train_s]
+    peak = max(pace.inference_bytes for pace in paces)
+    if work["train"]:
+        if not trains:
+            return replace(guess, minutes=None)
+        seconds += work["train"] * max(trains)
+        peak = max(pace.train_bytes for pace in paces)
+    # Of further models in memory only the weights are known: what the guess had beside the first.
+    return replace(guess, minutes=seconds / 60, memory_bytes=peak)
 
 
 def _outside(source: ModelSource, store: Store) -> _Model:

@@ -69,7 +69,7 @@ def answers(teacher: Loaded, tokens: int, *, reporter: Reporter, seed: int = 0) 
     count = sum(len(answer.ids.response_ids) for answer in found)
     if count < tokens:
         chat = ChatFormat.from_tokenizer(teacher.tokenizer)
-        prompts = [chat.prompt_ids([_user(line)], "fast") for line in _prompt_lines()]
+        prompts = bundled_prompts(chat)
         sampler = TransformersSampler(
             teacher.model, batch_size=BATCH_ROWS, device=str(teacher.device)
         )
@@ -106,6 +106,16 @@ def hidden(teacher: Loaded, given: Sequence[Answer], *, reporter: Reporter) -> H
         states = [scorer.hidden_states(sequences, on_tokens=bar.advance) for scorer in scorers]
     labels = [token for one in sequences for token in one.response_ids]
     return Hidden(states[0], states[1], torch.tensor(labels), scorers[0].head)
+
+
+def bundled_prompts(chat: ChatFormat) -> list[list[int]]:
+    """The ids of the bundled prompts, in the file's order, each to be answered in fast mode."""
+    return [chat.prompt_ids(messages, "fast") for messages in bundled_messages()]
+
+
+def bundled_messages(count: int | None = None) -> list[list[Message]]:
+    """The first `count` bundled prompts (all, when left out), as conversations of one message."""
+    return [[_user(line)] for line in _prompt_lines()[:count]]
 
 
 def _user(line: str) -> Message:

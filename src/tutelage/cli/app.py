@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 from rich.console import Console
 
-from tutelage import __version__, jobs, pipeline
+from tutelage import __version__, jobs, measure, pipeline
 from tutelage.cli import benches, display, look, runs, stores
 from tutelage.cli.evaluate import evaluate
 from tutelage.cli.options import (
@@ -75,15 +75,29 @@ def plan(
     overrides: Overrides = [],  # noqa: B006 - typer copies it
     until: Until = "",
     store: StorePath = STORE,
+    measured: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Run the models that are here on a few hundred tokens first: estimates at their "
+            "pace, and what targets would weigh at several settings.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show each step as cached or to be run, why, and what it would cost."""
-    planned = pipeline.plan(load(recipe, overrides), Store(store), until=until)
-    estimates = estimate(planned, Store(store))
+    variants = load(recipe, overrides)
+    planned = pipeline.plan(variants, Store(store), until=until)
+    paces = {}
+    if measured:
+        runtime = variants[0].recipe.runtime
+        paces = measure.measure(planned, Store(store), runtime=runtime, reporter=Reporter())
+    estimates = estimate(planned, Store(store), paces=paces)
     if as_json:
-        print_json(display.plan_rows(planned, estimates))
+        print_json(display.plan_rows(planned, estimates, paces))
     else:
-        display.plan_table(Console(), planned, estimates)
+        display.plan_table(Console(), planned, estimates, measured=bool(paces))
+        display.paces(Console(), paces)
 
 
 @app.command(epilog="Example: tutelage show distill --run quickstart")

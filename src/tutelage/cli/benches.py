@@ -1,4 +1,4 @@
-"""`tutelage bench store | loss | score | data`: what the product costs, and how true it is, here.
+"""`tutelage bench store | loss | sample | score | data`: what it costs here, and how true it is.
 
 Parses, calls `tutelage.bench`, prints a table or JSON; torch is imported when a bench runs.
 """
@@ -97,6 +97,23 @@ def loss(
         print_json(rows)
     else:
         _table(Console(), rows, "head-and-loss step (medians of ratios within a round)")
+
+
+@app.command("sample", epilog="Example: tutelage bench sample --repeats 3")
+def sample(
+    repeats: Repeats = 3,
+    rows: Annotated[int, typer.Option(min=1, help="Answers at a time, for both.")] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Useful tokens/s of the sampler beside plain generate, on 64 answers of up to 256 tokens."""
+    from tutelage.bench import sampling
+
+    found = asdict(sampling.run(repeats=repeats, batch_rows=rows, reporter=Reporter()))
+    if as_json:
+        print_json(found)
+    else:
+        for name, value in found.items():
+            Console().print(f"{name.replace('_', ' ')}: {value:,.2f}", highlight=False)
 
 
 @app.command("score", epilog="Example: tutelage bench score --json")

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tutelage.bench.pace import Pace
 from tutelage.core.artifact import Artifact
 from tutelage.estimate import Estimate
 from tutelage.pipeline import Planned, Result
@@ -17,8 +18,9 @@ STATUS_STYLE = {"cached": "green", "same": "green", "run": "yellow", "resume": "
 
 
 def plan_table(
-    console: Console, planned: Sequence[Planned], estimates: Mapping[str, Estimate]
-) -> None:
+    console: Console, planned: Sequence[Planned], estimates: Mapping[str, Estimate],
+    *, measured: bool = False,
+) -> None:  # fmt: skip
     """Each step, whether it will run and why, and what it would cost at most."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("step", "stage", "status", "tokens", "minutes", "disk", "memory"):
@@ -46,12 +48,16 @@ def plan_table(
         for reason in item.reasons:
             if item.status != "run" or reason != "never run":
                 console.print(f"  {item.node.name}: {reason}", highlight=False, soft_wrap=True)
+        for note in item.notes:
+            console.print(f"  {item.node.name}: {note}", highlight=False, soft_wrap=True)
     count = sum(item.status in ("run", "resume") for item in planned)
     console.print(
         f"\n{count} of {len(planned)} to run"
         + (
             "; minutes are known once the models are fetched"
             if unknown
+            else f", about {total:.0f} minutes at the pace measured here"
+            if measured
             else f", at most about {total:.0f} minutes here "
             "(upper bounds: answers mostly end before max_tokens)"
         )
@@ -61,18 +67,44 @@ def plan_table(
     )
 
 
+def paces(console: Console, found: Mapping[str, Pace]) -> None:
+    """What `plan --measure` measured: speeds, and the targets a teacher would give."""
+    for name, pace in found.items():
+        speeds = [("answers", pace.decode_s), ("reads", pace.read_s), ("trains", pace.train_s)]
+        told = ", ".join(f"{verb} {1 / s:,.0f} tokens/s" for verb, s in speeds if s)
+        peaks = [("", pace.inference_bytes), (" when training", pace.train_bytes)]
+        memory = ", ".join(f"{size(count)}{when}" for when, count in peaks if count)
+        console.print(
+            f"\n[bold]{name}[/bold]: {told}; peak {memory}; "
+            f"{pace.ended} of {pace.answers} answers ended within {pace.tokens:,} tokens",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        if pace.targets:
+            table = Table(box=None, pad_edge=False, header_style="bold")
+            for head in ("targets", "ids a token", "bytes a token", "exact mass", "unbiased"):
+                table.add_column(head, justify="left" if head == "targets" else "right")
+            for cost in pace.targets:
+                kept = "yes" if cost.unbiased else "no"
+                row = (f"{cost.ids:.1f}", f"{cost.bytes:.0f}", f"{100 * cost.mass:.1f} %", kept)
+                table.add_row(cost.setting, *row)
+            console.print(table)
+
+
 def plan_rows(
-    planned: Sequence[Planned], estimates: Mapping[str, Estimate]
-) -> list[dict[str, Any]]:
-    """The plan for `--json`."""
+    planned: Sequence[Planned], estimates: Mapping[str, Estimate],
+    paces: Mapping[str, Pace],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The plan for `--json`; a model that was measured has its pace."""
     return [
         {
             "step": item.node.name,
             "stage": item.node.stage,
             "status": item.status,
             "reasons": list(item.reasons),
+            "notes": list(item.notes),
             "fingerprint": item.fingerprint,
             "estimate": asdict(estimates[item.node.name]),
+            **({"pace": asdict(paces[item.node.name])} if item.node.name in paces else {}),
         }
         for item in planned
     ]

@@ -4,6 +4,7 @@ Legend: N tokens, V vocabulary.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -24,6 +25,16 @@ STEPS = 30  # halvings of log tau over [SMALLEST, 1]: its last step is 1e-8
 SMALLEST = 1e-6
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Of a setting, a token on average."""
+
+    ids: float
+    bytes: float
+    mass: float
+    """Kept with exact probabilities: in the head."""
+
+
 def tau_for_budget(
     logits_NV: Tensor, *, budget: float, unit: Literal["ids", "bytes"], temperature: float = 1.0
 ) -> float:
@@ -41,13 +52,16 @@ def tau_for_budget(
         RecipeError: a budget that even tau = 1 (one id a token) does not meet.
     """
     q_NV = (logits_NV.float() / temperature).softmax(-1)
-    cost = {"ids": _ids, "bytes": _bytes}[unit]
-    least = cost(q_NV, 1.0)
+
+    def cost(tau: float) -> float:
+        return getattr(expected_cost(q_NV, tau), unit)
+
+    least = cost(1.0)
     if budget < least:
         raise RecipeError(
             f"budget of {budget} {unit} a token is under the least, {least:.1f} (tau = 1); raise it"
         )
-    return _bisect(lambda tau: cost(q_NV, tau) <= budget)
+    return _bisect(lambda tau: cost(tau) <= budget)
 
 
 def _bisect(fits: Callable[[float], bool]) -> float:
@@ -59,17 +73,18 @@ def _bisect(fits: Callable[[float], bool]) -> float:
     return above
 
 
-def _ids(q_NV: Tensor, tau: float) -> float:
-    return sum(_head_and_tail(q_NV, tau))
-
-
-def _bytes(q_NV: Tensor, tau: float) -> float:
-    head, tail = _head_and_tail(q_NV, tau)
-    return TOKEN_BYTES + HEAD_BYTES * head + TAIL_BYTES * tail
-
-
-def _head_and_tail(q_NV: Tensor, tau: float) -> tuple[float, float]:
-    """Expected head entries and tail ids a token."""
+def expected_cost(q_NV: Tensor, tau: float) -> Cost:
+    """Of threshold sampling at tau: a tail id for each tau of the mass that is left."""
     in_head_NV = q_NV >= tau
-    rest = torch.where(in_head_NV, 0, q_NV).sum(-1).double().mean()
-    return float(in_head_NV.sum(-1).double().mean()), float(rest / tau)
+    rest = float(torch.where(in_head_NV, 0, q_NV).sum(-1).double().mean())
+    return _cost(float(in_head_NV.sum(-1).double().mean()), rest / tau, 1 - rest)
+
+
+def cost_of_top(q_NV: Tensor, top: int) -> Cost:
+    """Of the `top` likeliest ids and nothing else."""
+    top = min(top, q_NV.shape[1])
+    return _cost(float(top), 0.0, float(q_NV.topk(top, -1).values.sum(-1).double().mean()))
+
+
+def _cost(head: float, tail: float, mass: float) -> Cost:
+    return Cost(head + tail, TOKEN_BYTES + HEAD_BYTES * head + TAIL_BYTES * tail, mass)
