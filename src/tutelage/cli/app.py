@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tutelage import __version__, jobs, measure, pipeline
 from tutelage.cli import benches, display, look, runs, stores
+from tutelage.cli.doctor import doctor
 from tutelage.cli.evaluate import evaluate
 from tutelage.cli.options import (
     STORE,
@@ -193,6 +194,7 @@ def report(
     typer.echo(f"Wrote {path}")
 
 
+app.command(epilog="Example: tutelage doctor recipes/quickstart.toml --quick")(doctor)
 app.command(
     epilog="Example: tutelage evaluate distilled --tasks gsm8k,mgsm_zh --file gsm8k=rows.jsonl "
     "--limit 100"
