@@ -34,8 +34,8 @@ from tutelage.text.chat import (
     Mode,
     exported_template,
     mode_of,
-    split_thinking,
 )
+from tutelage.text.markers import split_thinking
 from tutelage.text.tokenizer import load_tokenizer
 
 CORPUS = [

@@ -22,7 +22,7 @@ from transformers import (
 
 from tutelage.core import hashes
 from tutelage.core.errors import EngineError, ModelError
-from tutelage.models import inspect, load, prune, source
+from tutelage.models import device, inspect, load, prune, source
 from tutelage.models.convert import is_converted
 from tutelage.recipe.tables import ModelSource
 
@@ -273,19 +273,19 @@ def other(kind: str, **settings: object) -> PreTrainedModel:
 
 
 def test_a_device_the_machine_lacks_is_an_error_and_never_the_cpu_instead() -> None:
-    assert load.pick_device("cpu") == CPU
+    assert device.pick_device("cpu") == CPU
     found = torch.accelerator.current_accelerator(check_available=True)
-    assert load.pick_device("auto") == (found or CPU)
+    assert device.pick_device("auto") == (found or CPU)
     with pytest.raises(EngineError, match="no device 'tpu' on this machine"):
-        load.pick_device("tpu")
+        device.pick_device("tpu")
 
 
 def test_a_device_of_a_package_of_its_own_names_the_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(load, "DEVICE_MODULES", {"npu": "a_package_nobody_has"})
+    monkeypatch.setattr(device, "DEVICE_MODULES", {"npu": "a_package_nobody_has"})
     with pytest.raises(EngineError, match="a_package_nobody_has"):
-        load.pick_device("npu")
+        device.pick_device("npu")
 
 
 # --- pruning --------------------------------------------------------------------------------------

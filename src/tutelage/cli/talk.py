@@ -7,7 +7,8 @@ import torch
 from rich.console import Console
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
-from tutelage.models.load import load_model, load_tokenizer, pick_device
+from tutelage.models.device import pick_device
+from tutelage.models.load import load_model, load_tokenizer
 from tutelage.text.chat import ChatFormat, Message, Mode
 
 HELP = "/fast or /reasoning sets how it answers, /new starts afresh, /quit (or Ctrl-D) leaves"

@@ -29,7 +29,7 @@ from tutelage.recipe.filters import (
     ThinkMarkersFilter,
 )
 from tutelage.records import prompt_messages
-from tutelage.text.chat import END_THINK, THINK
+from tutelage.text.markers import END_THINK, THINK
 
 Row = Mapping[str, Any]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tutelage.core.errors import DataError
 from tutelage.recipe.curation import Columns, DataSource
-from tutelage.text.chat import split_thinking
+from tutelage.text.markers import split_thinking
 
 ROLES = ("system", "user", "assistant")
 ALIASES = {

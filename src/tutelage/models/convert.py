@@ -46,9 +46,11 @@ def convert(
 ) -> Path:
     """Make `directory` from a GGUF file unless it is there already; returns `directory`.
 
-    `gguf` is called only when the file is needed and returns its path. A second process waits for
-    the first. The work happens in `<directory>.partial`, the marker with each file's sha256 comes
-    last, then one `os.replace`: a kill at any point leaves nothing that would be accepted.
+    With `write`, what it makes of another source instead: `gguf` and `gguf_sha256` are then that
+    source and what stands for its content. `gguf` is called only when the file is needed and
+    returns its path. A second process waits for the first. The work happens in
+    `<directory>.partial`, the marker with each file's sha256 comes last, then one `os.replace`: a
+    kill at any point leaves nothing that would be accepted.
     Raises ModelError when the disk is full or the file cannot be read.
     """
     if is_converted(directory, gguf_sha256=gguf_sha256):

@@ -28,6 +28,11 @@ CONTENT_PATTERNS = (
     "*.model", "*.py",
 )  # fmt: skip
 """Files that decide what a model computes: weights, configuration, tokenizer, remote code."""
+PANGU = "PanguEmbedded"
+"""The `model_type` that `pangu.py` makes plain Llama of."""
+HEAD = "lm_head.weight"
+COMPUTED = "rotary_emb.inv_freq"
+"""Ends the name of what old checkpoints store though it follows from the configuration."""
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -47,7 +52,7 @@ class ModelFacts:
     dtype: str
     """Of most of the parameters; for a GGUF file its most used quantisation, such as `q4_1`."""
     tokenizer_digest: str | None
-    """None for a GGUF file: known once it is converted."""
+    """None for a GGUF file or an openPangu checkpoint: known once it is converted."""
     bytes: int
     """Of the weights on disk."""
 
@@ -119,6 +124,10 @@ def describe(path: Path) -> ModelFacts:
     config = read_config(path)
     files = weight_files(path)
     tensors = {name: tensor for file in files for name, tensor in _header(file).items()}
+    for name in [name for name in tensors if name.endswith(COMPUTED)]:
+        del tensors[name]
+    if config.get("tie_word_embeddings") is True:  # stored all the same, as in openPangu
+        tensors.pop(HEAD, None)
     counts: Counter[str] = Counter()
     for tensor in tensors.values():
         counts[tensor.dtype] += tensor.size
@@ -133,12 +142,19 @@ def describe(path: Path) -> ModelFacts:
         kv_heads=config.get("num_key_value_heads") or heads,
         vocab_size=_whole(config, "vocab_size", path),
         # Not from config.json: it leaves the key out where it equals its class's default.
-        tie_embeddings="lm_head.weight" not in tensors,
+        tie_embeddings=HEAD not in tensors,
         parameters=sum(counts.values()),
         dtype=DTYPES.get(dtype, dtype.lower()),
-        tokenizer_digest=tokenizer_digest(path),
+        tokenizer_digest=_tokenizer_digest(path, config),
         bytes=sum(file.stat().st_size for file in files),
     )
+
+
+def _tokenizer_digest(path: Path, config: Mapping[str, Any]) -> str | None:
+    """None where there is no `tokenizer.json` yet, as it is made of another file (`pangu.py`)."""
+    if config.get("model_type") == PANGU and not (path / "tokenizer.json").exists():
+        return None
+    return tokenizer_digest(path)
 
 
 def describe_unseen(path: Path) -> ModelFacts:

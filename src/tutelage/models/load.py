@@ -3,7 +3,6 @@
 Weights come from safetensors or GGUF only. Shapes: D hidden width, V vocabulary.
 """
 
-import importlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -17,8 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging as transformers_logging
 
 from tutelage.core.artifact import Artifact
-from tutelage.core.errors import EngineError, ModelError
+from tutelage.core.errors import ModelError
 from tutelage.core.files import write_json
+from tutelage.models.device import pick_device
 from tutelage.models.gguf_file import one_line, read_gguf_model, read_gguf_tokenizer
 from tutelage.models.inspect import read_config, weight_files
 from tutelage.text import tokenizer as text_tokenizer
@@ -30,8 +30,6 @@ TOKENIZER_PATTERNS = (
     "tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "*.model",
 )  # fmt: skip
-DEVICE_MODULES = {"npu": "torch_npu"}
-"""Devices whose backend is a package of its own: it registers itself with torch when imported."""
 HEAD_TOLERANCE = 0.02
 """Of the largest logit; both sides are the same operations, so bf16 rounding is far below it."""
 
@@ -242,28 +240,6 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype):
         raise ModelError(f"no dtype {dtype!r}; there is float32, bfloat16, float16")
-    return found
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of this name; `auto` is the machine's accelerator, or the CPU where it has none.
-
-    The only place that knows devices by name. Raises EngineError when the machine lacks it.
-    """
-    if name in DEVICE_MODULES:
-        try:
-            importlib.import_module(DEVICE_MODULES[name])
-        except ImportError as error:
-            raise EngineError(
-                f"device {name!r} needs the package {DEVICE_MODULES[name]} ({error}); "
-                "install it, or set runtime.device to auto"
-            ) from error
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if name == "cpu" or (name == "auto" and found is None):
-        return torch.device("cpu")
-    if found is None or name not in ("auto", found.type):
-        has = f"it has {found.type}" if found else "it has only the CPU"
-        raise EngineError(f"no device {name!r} on this machine: {has}; set runtime.device to auto")
     return found
 
 

@@ -24,6 +24,7 @@ from tutelage.models.inspect import (
     read_config,
     weight_files,
 )
+from tutelage.models.pangu import is_pangu, plain_identity, write_plain
 from tutelage.recipe.tables import SERVED, ModelSource
 from tutelage.text.tokenizer import tokenizer_digest
 
@@ -90,6 +91,9 @@ def locate(source: ModelSource, *, memo: Path) -> External:
     if path is None:
         unknown = {"hub": name, "revision": source.revision or "main"}
         return External(name, None, unknown, None)
+    if is_pangu(path):
+        plain, digest = _plain_directory(path, memo)
+        return External(name, plain, {"sha256": digest}, describe(plain or path))
     identity: dict[str, Any] = {"sha256": content_digest(path, cache=memo)}
     if source.trust_remote_code:  # `load` asks for it, and it decides which code runs
         identity["trust_remote_code"] = True
@@ -108,17 +112,20 @@ def fetch(source: ModelSource, *, say: Callable[[str], None] = lambda line: None
         return catalog.pull(name, say=say)
     if name.endswith(".gguf"):
         return _convert_gguf(_existing(Path(name).expanduser()), say)
-    return (
+    path = (
         _directory(name)
         or resolve_hub(name, source.revision)
         or download_hub(name, source.revision, code=source.trust_remote_code, say=say)
     )
+    return _plain(path, say)
 
 
 def _located_served(source: ModelSource, memo: Path) -> External:
     """Known by its name and revision, and by the tokenizer that is here; not by its weights."""
     named = {"served": source.source.removeprefix(SERVED), "revision": source.revision}
     path = _tokenizer_of(source)
+    if path is not None and is_pangu(path):
+        path, _ = _plain_directory(path, memo)
     if path is None:
         unknown = {"tokenizer": source.tokenizer}
         return External(source.source, None, {**named, **unknown}, None)
@@ -137,7 +144,8 @@ def _fetched_served(source: ModelSource, say: Callable[[str], None]) -> Path:
     name = source.tokenizer
     if name.startswith(catalog.PREFIX):
         return catalog.pull(name, say=say)
-    return _tokenizer_of(source) or download_hub(name, "", code=False, weights=False, say=say)
+    path = _tokenizer_of(source) or download_hub(name, "", code=False, weights=False, say=say)
+    return _plain(path, say)
 
 
 def resolve_hub(name: str, revision: str, *, weights: bool = True) -> Path | None:
@@ -215,6 +223,34 @@ def _convert_gguf(gguf: Path, say: Callable[[str], None]) -> Path:
         return gguf
 
     return convert(announced, _gguf_directory(sha256), gguf_sha256=sha256, say=say)
+
+
+def _plain(path: Path, say: Callable[[str], None]) -> Path:
+    """The directory itself, or for an openPangu checkpoint its plain form, made once."""
+    if not is_pangu(path):
+        return path
+    digest = plain_identity(content_digest(path, cache=catalog.cache_directory() / "hashes.json"))
+
+    def announced() -> Path:
+        say(f"writing {path.name} as plain Llama, once; its own code is not run")
+        return path
+
+    return convert(
+        announced, _pangu_directory(path, digest), gguf_sha256=digest, say=say, write=write_plain
+    )
+
+
+def _plain_directory(path: Path, memo: Path) -> tuple[Path | None, str]:
+    """(The plain form of an openPangu checkpoint, or None until it is made; its identity)."""
+    digest = plain_identity(content_digest(path, cache=memo))
+    directory = _pangu_directory(path, digest)
+    return directory if is_converted(directory, gguf_sha256=digest) else None, digest
+
+
+def _pangu_directory(path: Path, digest: str) -> Path:
+    # Its place is part of the name: a copy elsewhere must not be read through links to this one.
+    place = fingerprint({"identity": digest, "links to": str(path.resolve())})
+    return catalog.cache_directory() / "models" / f"pangu-{place[:16]}"
 
 
 def _gguf_directory(sha256: str) -> Path:

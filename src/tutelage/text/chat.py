@@ -1,6 +1,6 @@
 r"""Messages become token ids and loss masks here, and nowhere else.
 
-Owns the think markers, the two modes of an answer, how a chat template is rendered and which tokens
+Owns the two modes of an answer, how a chat template is rendered and which tokens
 are targets. How text becomes ids is `tokenizer.TextCodec`; batches, losses and engines are unknown.
 
 An assistant's turn, in any template, by mode (the bar parts prompt from response):
@@ -8,11 +8,13 @@ An assistant's turn, in any template, by mode (the bar parts prompt from respons
     fast        header <think>\n\n</think>\n\n | answer end-of-turn
     reasoning   header <think>\n | chain \n</think>\n\n answer end-of-turn
 
-What is left of the bar is never a target. The template is rendered with each answer replaced by a
-*slot*, so the text between two slots is the template's own; an answer is encoded by itself and put
-in between. So a prompt is, id for id, the beginning of the training sequence, and an answer has the
-same ids in both. A control token spelled out in somebody's text (`<|im_end|>`) is cut after its
-first character before encoding: it stays text.
+openPangu's template has markers of its own, without white space (`PANGU_MARKERS`); which ones hold
+is a property of the template (`markers.py`). What is left of the bar is never a target. The
+template is rendered with each answer replaced by a *slot*, so the text between two slots is the
+template's own; an answer is encoded by itself and put in between. So a prompt is, id for id, the
+beginning of the training sequence, and an answer has the same ids in both. A control token spelled
+out in somebody's text (`<|im_end|>`) is cut after its first character before encoding: it stays
+text.
 
 The template alone decides about BOS, as in transformers: no BOS is added that it did not write.
 """
@@ -31,15 +33,12 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 
 from tutelage.core.errors import DataError, ModelError
+from tutelage.text.markers import TAGS, THINK, Markers, Mode, markers_of
 from tutelage.text.tokenizer import TextCodec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Mode = Literal["fast", "reasoning"]
-THINK, END_THINK = "<think>", "</think>"
-PREFIX: Mapping[Mode, str] = {"fast": "<think>\n\n</think>\n\n", "reasoning": "<think>\n"}
-_END_OF_CHAIN = "\n</think>\n\n"
 _ROLES = ("system", "user", "assistant")
 _MARK = "\uf8f0"  # private use: stands in rendered text for what is not the template's
 
@@ -90,25 +89,29 @@ _AFTER = """\
 {%- if not tutelage_opens -%}{{- part -}}{%- endif -%}
 {%- else -%}
 {%- set header = part -%}
-{%- if part.rstrip().endswith('</think>') -%}
-{%- set header = part.rstrip()[:-8] -%}
-{%- if header.rstrip().endswith('<think>') -%}{%- set header = header.rstrip()[:-7] -%}{%- endif -%}
+{%- if part.rstrip().endswith('@C@') -%}
+{%- set header = part.rstrip()[:-@LC@] -%}
+{%- if header.rstrip().endswith('@O@') -%}{%- set header = header.rstrip()[:-@LO@] -%}{%- endif -%}
 {%- endif -%}
 {{- header -}}
 {%- if loop.index0 < tutelage.answers | length -%}
 {%- set answer = tutelage.answers[loop.index0] -%}
-{%- if not answer['content'].startswith('<think>') -%}
-{{- '<think>\\n' + (answer['reasoning_content'] or answer['thinking'] or '') -}}
-{{- '\\n</think>\\n\\n' -}}
+{%- if not answer['content'].startswith('@O@') -%}
+{{- '@REASONING@' + (answer['reasoning_content'] or answer['thinking'] or '') -}}
+{{- '@END_OF_CHAIN@' -}}
 {%- endif -%}
 {{- answer['content'] -}}
 {%- elif enable_thinking is defined and enable_thinking -%}
-{{- '<think>\\n' -}}
+{{- '@REASONING@' -}}
 {%- else -%}
-{{- '<think>\\n\\n</think>\\n\\n' -}}
+{{- '@FAST@' -}}
 {%- endif -%}
 {%- endif -%}
 {%- endfor -%}"""
+
+
+PREFIX: Mapping[Mode, str] = {mode: TAGS.prefix(mode) for mode in ("fast", "reasoning")}
+"""What opens an answer of all models but openPangu."""
 
 
 class Message(TypedDict):
@@ -132,28 +135,6 @@ def mode_of(message: Message) -> Mode:
     return "reasoning" if message.get("thinking") else "fast"
 
 
-def split_thinking(text: str) -> tuple[str | None, str]:
-    """(chain, answer) of a text with `<think>...</think>` before its answer.
-
-    No marker at all: (None, text) as it is. A blank chain: (None, answer). The opening marker may
-    be missing, as in answers whose prompt held it. White space next to the markers is dropped.
-
-    Raises: DataError for all else: a chain that is not closed, a marker that comes twice, markers
-    in the wrong order, words before the opening one.
-    """
-    opened, closed = text.count(THINK), text.count(END_THINK)
-    if not opened and not closed:
-        return None, text
-    lead, _, rest = text.rpartition(THINK)
-    chain, _, answer = rest.partition(END_THINK)
-    if closed != 1 or opened > 1 or lead.strip():
-        raise DataError(
-            f"think markers do not pair up in {text[:40]!r} ({opened} opening, {closed} closing): "
-            "write one chain between its markers, then the answer"
-        )
-    return chain.strip() or None, answer.lstrip()
-
-
 def exported_template(template: str | None) -> str:
     """The Jinja template to ship with a trained model; None exports the plain default, without BOS.
 
@@ -163,7 +144,8 @@ def exported_template(template: str | None) -> str:
     today's there, where `ChatFormat` writes always the same. llama.cpp's server passes
     `enable_thinking=true` by itself unless it was started with `--reasoning off`.
     """
-    return _BEFORE + _original(_PLAIN if template is None else template) + _AFTER
+    original = _original(_PLAIN if template is None else template)
+    return _BEFORE + original + _after(markers_of(original))
 
 
 @dataclass(frozen=True)
@@ -177,6 +159,7 @@ class ChatFormat:
     end_of_turn_id: int
     stop_ids: tuple[int, ...]  # end of turn, EOS, then those asked for; each once
     fingerprint: str  # sha256 of template and markers
+    markers: Markers
     _codec: TextCodec = field(repr=False, compare=False)
     _end_of_turn: str = field(repr=False)
     _closing: str | None = field(repr=False)  # what the template writes between an answer and
@@ -195,7 +178,14 @@ class ChatFormat:
         neither an end-of-turn nor an EOS token.
         """
         template = _template_of(tokenizer)
-        codec = TextCodec.of(tokenizer, control_text=template + THINK + END_THINK)
+        markers = markers_of(template)
+        shown = template + markers.opening + markers.closing
+        codec = TextCodec.of(tokenizer, control_text=shown)
+        if markers is not TAGS and not {markers.opening, markers.closing} <= set(codec.added_ids):
+            raise ModelError(
+                f"the chat template of {codec.name} is openPangu's, but its tokenizer has no "
+                f"tokens {markers.opening} and {markers.closing}: keep files of one model together"
+            )
         try:
             parts, _ = _lay_out(codec, template, [_turn("user", "Hi"), _ANSWER])
         except DataError as error:
@@ -203,13 +193,16 @@ class ChatFormat:
         closing, end_of_turn = _end_of_turn(codec, parts[1])
         end_of_turn_id = codec.added_ids[end_of_turn]
         eos = () if tokenizer.eos_token is None else (codec.added_ids[str(tokenizer.eos_token)],)
-        identity = json.dumps([template, PREFIX["fast"], PREFIX["reasoning"], _END_OF_CHAIN])
+        identity = json.dumps(
+            [template, markers.prefix("fast"), markers.prefix("reasoning"), markers.end_of_chain]
+        )
         return cls(
             tokenizer=tokenizer,
             template=template,
             end_of_turn_id=end_of_turn_id,
             stop_ids=tuple(dict.fromkeys((end_of_turn_id, *eos, *extra_stop_ids))),
             fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+            markers=markers,
             _codec=codec,
             _end_of_turn=end_of_turn,
             _closing=closing,
@@ -222,7 +215,7 @@ class ChatFormat:
 
         Raises: DataError where the conversation, or the template with it, will not do.
         """
-        _check(messages, last="user")
+        _check(messages, self.markers, last="user")
         answers = [m for m in messages if m["role"] == "assistant"]
         segments = self._segments([*messages, _ANSWER], [*map(mode_of, answers), mode])
         ids: list[int] = []
@@ -239,7 +232,7 @@ class ChatFormat:
 
         Raises: DataError as `prompt_ids`.
         """
-        _check(messages, last="assistant")
+        _check(messages, self.markers, last="assistant")
         answers = [m for m in messages if m["role"] == "assistant"]
         segments = self._segments(messages, [mode_of(m) for m in answers])
         ids: list[int] = []
@@ -258,19 +251,19 @@ class ChatFormat:
 
         Raises: DataError where the message is not an answer that can be written.
         """
-        _check([message], last="assistant")
+        _check([message], self.markers, last="assistant")
         chain, content = message.get("thinking") or "", message["content"]
         cut = _cut_mark([chain, content])
         text = self._codec.defused(content, cut) + (self._closing or "")
         if chain:
-            text = self._codec.defused(chain, cut) + _END_OF_CHAIN + text
-        # a prefix ends on a newline, so every response is text that follows text
+            text = self._codec.defused(chain, cut) + self.markers.end_of_chain + text
+        # a prefix is no start of a text, so every response is text that follows text
         return [*self._codec.encode_after_text(text.split(cut)), self.end_of_turn_id]
 
     def chain_ids(self, chain: str) -> list[int]:
         """Ids of a chain and the marker that closes it; an answer goes on from there."""
         cut = _cut_mark([chain])
-        text = self._codec.defused(chain, cut) + _END_OF_CHAIN
+        text = self._codec.defused(chain, cut) + self.markers.end_of_chain
         return self._codec.encode_after_text(text.split(cut))
 
     def opening_ids(self, text: str) -> list[int]:
@@ -282,15 +275,16 @@ class ChatFormat:
         """(chain, content) of response ids; the inverse of `response_ids` for text that decodes.
 
         One stop token at the end is dropped. In reasoning, all is chain until the marker closes it,
-        and content loses the marker's two newlines and no more. In fast, all is content.
+        and content loses the marker's white space and no more. In fast, all is content.
         """
         ended = bool(ids) and ids[-1] in self.stop_ids
         text = self._codec.decode_after_text(ids[:-1] if ended else ids)
         text = text.removesuffix(self._closing or "") if ended else text
         if mode == "fast":
             return None, text
-        chain, _, content = text.partition(END_THINK)
-        return chain.removesuffix("\n") or None, content.removeprefix("\n\n")
+        chain, _, content = text.partition(self.markers.closing)
+        chain = chain.removesuffix(self.markers.inside)
+        return chain or None, content.removeprefix(self.markers.after)
 
     def user_opening(self, system: str = "") -> tuple[list[int], tuple[int, ...]]:
         """(Ids with which every first user's turn opens, ids that end that turn).
@@ -322,7 +316,9 @@ class ChatFormat:
     def _segments(self, messages: Sequence[Message], modes: Sequence[Mode]) -> list[list[int]]:
         """Ids before each answer, its prefix included, and after the last: one list more."""
         parts, cut = _lay_out(self._codec, self.template, messages)
-        texts = [part + PREFIX[mode] for part, mode in zip(parts, modes, strict=False)] + parts[-1:]
+        texts = [
+            part + self.markers.prefix(mode) for part, mode in zip(parts, modes, strict=False)
+        ] + parts[-1:]
         return [
             self._codec.encode(texts[0].split(cut)),
             *(self._ids_after_turn(text, cut) for text in texts[1:]),
@@ -351,7 +347,7 @@ def _turn(role: str, content: str) -> Message:
 _ANSWER = _turn("assistant", "")
 
 
-def _check(messages: Sequence[Message], *, last: str) -> None:
+def _check(messages: Sequence[Message], markers: Markers, *, last: str) -> None:
     if not messages or messages[-1]["role"] != last:
         found = messages[-1]["role"] if messages else "nothing"
         raise DataError(f"a conversation must end with the {last} here, not with {found}")
@@ -364,16 +360,33 @@ def _check(messages: Sequence[Message], *, last: str) -> None:
             raise DataError(f"{where}: content must be text, not {type(content).__name__}")
         if chain and role != "assistant":
             raise DataError(f"{where}: only an assistant thinks; remove its thinking")
-        if chain and END_THINK in chain:
-            raise DataError(f"{where}: its thinking holds {END_THINK}, which would end it early")
-        if role == "assistant" and content.startswith(THINK):
-            raise DataError(f"{where}: content begins with {THINK}; use split_thinking first")
+        if chain and markers.closing in chain:
+            end = markers.closing
+            raise DataError(f"{where}: its thinking holds {end}, which would end it early")
+        if role == "assistant" and content.startswith((THINK, markers.opening)):
+            start = THINK if content.startswith(THINK) else markers.opening
+            raise DataError(f"{where}: content begins with {start}; use split_thinking first")
+
+
+def _after(markers: Markers) -> str:
+    """The end of an exported template with these markers (O, C) and their lengths (LO, LC)."""
+    parts = {
+        "FAST": markers.prefix("fast"),
+        "REASONING": markers.prefix("reasoning"),
+        "END_OF_CHAIN": markers.end_of_chain,
+        "O": markers.opening,
+        "C": markers.closing,
+        "LO": str(len(markers.opening)),
+        "LC": str(len(markers.closing)),
+    }
+    return re.sub("@([A-Z_]+)@", lambda name: parts[name[1]].replace("\n", "\\n"), _AFTER)
 
 
 def _original(template: str) -> str:
     # Jinja drops one newline at the end of a file, and text follows it in an exported template
-    if template.startswith(_BEFORE) and template.endswith(_AFTER):
-        template = template[len(_BEFORE) : -len(_AFTER)]
+    after = _after(markers_of(template))
+    if template.startswith(_BEFORE) and template.endswith(after):
+        template = template[len(_BEFORE) : -len(after)]
     return template.removesuffix("\n")
 
 
@@ -425,7 +438,8 @@ def _lay_out(codec: TextCodec, template: str, messages: Sequence[Message]) -> tu
         raise DataError(
             f"the chat template of {codec.name} does not write each answer once and in order"
         )
-    return [*map(_header, pieces[:-1:2]), pieces[-1]], cut
+    markers = markers_of(template)
+    return [*(_header(piece, markers) for piece in pieces[:-1:2]), pieces[-1]], cut
 
 
 def _apply(codec: TextCodec, template: str, rows: list[Message]) -> str:
@@ -447,14 +461,14 @@ def _apply(codec: TextCodec, template: str, rows: list[Message]) -> str:
         ) from error
 
 
-def _header(text: str) -> str:
+def _header(text: str, markers: Markers) -> str:
     """Text before an answer without the think block a template writes there itself (Qwen3)."""
     stripped = text.rstrip()
-    if not stripped.endswith(END_THINK):
+    if not stripped.endswith(markers.closing):
         return text
-    header = stripped.removesuffix(END_THINK)
+    header = stripped.removesuffix(markers.closing)
     opened = header.rstrip()
-    return opened.removesuffix(THINK) if opened.endswith(THINK) else header
+    return opened.removesuffix(markers.opening) if opened.endswith(markers.opening) else header
 
 
 def _end_of_turn(codec: TextCodec, after: str) -> tuple[str | None, str]:

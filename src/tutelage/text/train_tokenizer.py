@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from tutelage.core.errors import DataError, RecipeError
 from tutelage.core.files import write_json
-from tutelage.text.chat import END_THINK, THINK
+from tutelage.text.markers import END_THINK, THINK
 from tutelage.text.tokenizer import FILE
 
 Kind = Literal["characters", "words", "bpe"]
