@@ -23,6 +23,7 @@ from tutelage.pipeline import Planned
 from tutelage.recipe.base import Step
 from tutelage.recipe.curation import Curate, Data, Difficulty, Funnel, Magpie
 from tutelage.recipe.evaluation import Evaluate, Task
+from tutelage.recipe.screening import Screen
 from tutelage.recipe.tables import Export, ModelSource, New, Prune, Rollout, Score, Synthesize
 from tutelage.recipe.training import Distill, Online, Sft
 from tutelage.store import Store
@@ -127,7 +128,9 @@ def _finished(item: Planned, store: Store) -> Estimate | None:
     tokens = artifact.manifest["tokens"]
     return Estimate(
         rows=int(artifact.summary.get("rows", 0)),
-        decoded=tokens["student_decoded"] + tokens["teacher_decoded"],
+        # What reads answers decodes none, but says how long they are to those that learn from them.
+        decoded=tokens["student_decoded"] + tokens["teacher_decoded"]
+        or int(artifact.summary.get("response_tokens", 0)),
         read=tokens["teacher_prefilled"],
     )
 
@@ -144,6 +147,14 @@ def _guess(step: Step, inputs: Mapping[str, Estimate], models: Mapping[str, _Mod
         return Estimate(
             rows, decoded=decoded, disk_bytes=decoded * 12, memory_bytes=int(model.bytes * 1.6)
         )
+    if isinstance(step, Screen):  # how many stay is not known: all of them at most
+        rollouts = inputs["rollouts"]
+        times = 3 if step.delta_ifd else 0  # the teacher twice, the student once
+        return Estimate(
+            rollouts.rows, decoded=rollouts.decoded,
+            read=times * (rollouts.decoded + rollouts.rows * PROMPT_TOKENS),
+            disk_bytes=rollouts.decoded * 12, memory_bytes=int(model.bytes * 1.6 * bool(times)),
+        )  # fmt: skip
     if isinstance(step, Score):
         rollouts = inputs["rollouts"]
         return Estimate(
@@ -303,7 +314,7 @@ def _timed(guess: Estimate, stage: str, models: Mapping[str, _Model]) -> Estimat
     if models and not parameters:
         return replace(guess, minutes=None)
     work = {"decode": guess.decoded, "read": guess.read, "train": guess.trained}
-    if stage == "score":
+    if stage in ("screen", "score"):
         work["decode"] = 0  # its decoded count only tells how long the answers are
     measured = [model.pace for model in models.values() if model.pace]
     if measured and len(measured) == len(models):

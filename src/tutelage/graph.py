@@ -11,6 +11,7 @@ from tutelage.recipe.base import Step
 from tutelage.recipe.engines import EngineTable, Server
 from tutelage.recipe.evaluation import Ablation
 from tutelage.recipe.load import Variant
+from tutelage.recipe.screening import Screen
 from tutelage.recipe.tables import (
     ModelSource,
     New,
@@ -24,7 +25,7 @@ from tutelage.recipe.tables import (
 
 KIND_NAMES = {
     "model": "a model", "conversations": "conversations (a data or synthesize step)",
-    "rollouts": "a rollout step", "targets": "targets (a score or convert step)",
+    "rollouts": "a rollout or screen step", "targets": "targets (a score or convert step)",
     "scores": "an evaluate step",
 }  # fmt: skip
 
@@ -189,6 +190,13 @@ def _check_engines(recipe: Recipe, nodes: Mapping[str, Node]) -> None:
                 step.top(_engines(step, recipe).values())
             except ValueError as error:
                 raise RecipeError(f"steps.{name}: {error}") from None
+        if isinstance(step, Screen) and step.delta_ifd:
+            for role, engine in _engines(step, recipe).items():
+                if not engine.scores:
+                    raise RecipeError(
+                        f"steps.{name}.{role}: its engine only answers, it cannot read; take "
+                        "vllm's or sglang's"
+                    )
 
 
 def _inputs(step: Step) -> dict[str, str]:

@@ -36,6 +36,7 @@ from tutelage.models import source as models
 from tutelage.recipe.base import Step
 from tutelage.recipe.evaluation import Evaluate
 from tutelage.recipe.load import Variant
+from tutelage.recipe.screening import Screen
 from tutelage.recipe.tables import New, Runtime, Score
 from tutelage.recipe.training import Distill
 from tutelage.store import Store
@@ -99,6 +100,7 @@ def plan(variants: Sequence[Variant], store: Store, *, until: str = "") -> list[
         nodes, lambda node: outside[node.name].identity,
         lambda step: data_identity(step, memo=store.memo),
     )  # fmt: skip
+    _check_writers(nodes, known)
     previous = store.read_run(variants[0].recipe.name)
     first: dict[str, str] = {}
     planned = []
@@ -186,7 +188,7 @@ def _check_vocabularies(nodes: Sequence[Node], outside: Mapping[str, models.Exte
         return root(above) if above else node
 
     for node in nodes:
-        if node.stage not in ("score", "evaluate", "distill", "online"):
+        if node.stage not in ("screen", "score", "evaluate", "distill", "online"):
             continue
         read = by_name[node.inputs["targets"]] if node.stage == "distill" else node
         # A converted store names no teacher but whose ids it holds; an evaluation may have none.
@@ -198,7 +200,7 @@ def _check_vocabularies(nodes: Sequence[Node], outside: Mapping[str, models.Exte
         if node.stage in ("distill", "online"):
             students.append(node.inputs["model"])
         if "rollouts" in node.inputs:
-            students.append(by_name[node.inputs["rollouts"]].inputs["model"])
+            students.append(_writer(node, by_name))
         for taught_by, student in product((teacher, *further), students):
             left, right = root(taught_by), root(student)
             known = [_vocabulary(one, outside) for one in (right, left)]
@@ -208,6 +210,26 @@ def _check_vocabularies(nodes: Sequence[Node], outside: Mapping[str, models.Exte
                     f"steps.{node.name}: {right.name} and its teacher {left.name} have "
                     f"different vocabularies ({sizes} ids); "
                     "distillation by token needs one tokenizer: take a teacher of the same family"
+                )
+
+
+def _writer(node: Node, by_name: Mapping[str, Node]) -> str:
+    """The model that wrote the rollouts a node reads, through any number of screens."""
+    while "rollouts" in node.inputs:
+        node = by_name[node.inputs["rollouts"]]
+    return node.inputs["model"]
+
+
+def _check_writers(nodes: Sequence[Node], known: Mapping[str, Mapping[str, Any]]) -> None:
+    """A screen's student wrote its rollouts, or their stored log-probabilities are not its own."""
+    by_name = {node.name: node for node in nodes}
+    for node in nodes:
+        if isinstance(node.step, Screen) and (named := node.inputs.get("student")):
+            writer = _writer(node, by_name)
+            if fingerprint(known[named]) != fingerprint(known[writer]):
+                raise RecipeError(
+                    f"steps.{node.name}.student: the rollouts were written by {writer!r}, not by "
+                    f"{named!r}; name their writer"
                 )
 
 

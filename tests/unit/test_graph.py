@@ -102,7 +102,7 @@ def test_a_report_reads_everything_behind_the_steps_it_names(tmp_path: Path) -> 
         ('targets = "targets"', 'targets = "rows"',
          "steps.distilled.targets: needs targets (a score or convert step), but 'rows' is"),
         ('rollouts = "answers"', 'rollouts = "m"',
-         "steps.targets.rollouts: needs a rollout step, but 'm' is a model"),
+         "steps.targets.rollouts: needs a rollout or screen step, but 'm' is a model"),
         ('teacher = "m"', 'teacher = "answers"',
          "steps.targets.teacher: needs a model, but 'answers' is of stage rollout"),
         ('prompts = "rows"', 'prompts = "targets"',

@@ -2,17 +2,40 @@
 
 Difficulty is a property of the pair (row, student), so it is stored beside the student's
 fingerprint and made anew for the next one. NaN says that it is not known. Knows no model: passes,
-and negative log-likelihoods (NLL) in nats a token, come from the stages.
+and negative log-likelihoods (NLL) in nats a token, come from the stages. `alone_openings` is what
+stands before an answer whose NLL is taken without its prompt.
 """
+
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from tutelage.data.balance import weighted_draw
+from tutelage.recipe.base import Mode
 
+if TYPE_CHECKING:
+    from tutelage.text.chat import ChatFormat, Message
+
+NO_USER_TEXT: "Message" = {"role": "user", "content": ""}
 UNKNOWN = "unknown"
 EDGE = 1e-9
 """1 - 9 / 10 is 0.09999999999999998 and belongs to the band that begins at 0.1."""
+
+
+def alone_openings(chat: "ChatFormat") -> dict[str, list[int]]:
+    """The ids behind which an answer of each mode stands by itself: NLL(y) is taken there.
+
+    The same template with an empty user's turn, so that NLL(y|x) and NLL(y) differ by what was said
+    alone: a bare answer would also pay for the missing frame, outside of which a chat model writes
+    nothing. BOS would not do either: many models have none, and then no first token is scored.
+    """
+    return {mode: chat.prompt_ids([NO_USER_TEXT], mode) for mode in get_args(Mode)}
+
+
+def mean_nll(logps_N: np.ndarray) -> float:
+    """Mean NLL a token, in nats; not negative: float32 may put a log-probability 1e-7 above 0."""
+    return max(0.0, -float(logps_N.mean(dtype=np.float64)))
 
 
 def difficulty_from_passes(passes_N: npt.ArrayLike, samples_N: npt.ArrayLike) -> np.ndarray:

@@ -18,6 +18,11 @@ class EngineTable(Table):
     """The extra of this package that brings what it needs; empty: nothing more."""
     kind: str
 
+    @property
+    def scores(self) -> bool:
+        """Whether it can read a text and say how likely each token was."""
+        return True
+
     def meaning(self) -> dict[str, Any]:
         """What of it may change a result; empty for the default."""
         raise NotImplementedError
@@ -29,11 +34,6 @@ class TopEngine(EngineTable):
     top: PositiveInt = 20
     """Log-probabilities a token that it is asked for when it reads; vLLM's server gives no more
     than `--max-logprobs`, which is 20 where it was not raised."""
-
-    @property
-    def scores(self) -> bool:
-        """Whether it can read a text and say how likely each token was."""
-        return True
 
 
 class Transformers(EngineTable):
@@ -89,7 +89,7 @@ class Server(TopEngine):
 
     @property
     def scores(self) -> bool:
-        """See `TopEngine.scores`."""
+        """See `EngineTable.scores`."""
         return self.api != "llama.cpp"
 
     def meaning(self) -> dict[str, Any]:

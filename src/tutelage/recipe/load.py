@@ -15,13 +15,14 @@ from tutelage.recipe.base import Table
 from tutelage.recipe.curation import Columns, DataSource
 from tutelage.recipe.engines import ENGINE_TYPES
 from tutelage.recipe.evaluation import Arm, Claim, Task
-from tutelage.recipe.tables import STEP_TYPES, Fleet, ModelSource, Recipe, Runtime
+from tutelage.recipe.rounds import expanded
+from tutelage.recipe.tables import STEP_TYPES, Fleet, ModelSource, Recipe, Route, Runtime
 
 NEW = "new"
 """The `source` of a model that is made from nothing."""
 TABLES_BELOW: Mapping[str, type[Table]] = {
     "columns": Columns, "sources": DataSource, "decontaminate": DataSource, "tasks": Task,
-    "claims": Claim, "arms": Arm,
+    "claims": Claim, "arms": Arm, "routes": Route,
 }  # fmt: skip
 """Tables inside a step by the key they stand under, the innermost first."""
 
@@ -114,7 +115,7 @@ def _anchored(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         return raw
     return {
         **raw,
-        "models": {name: _fixed(table, folder) for name, table in models.items()},
+        "models": {name: _fixed(t, folder, "tokenizer") for name, t in models.items()},
         "steps": {name: _fixed_step(step, folder) for name, step in steps.items()},
     }
 
@@ -130,12 +131,12 @@ def _fixed_step(step: Any, folder: Path) -> Any:
     return {**_fixed(step, folder), **below}
 
 
-def _fixed(table: Any, folder: Path) -> Any:
+def _fixed(table: Any, folder: Path, *more: str) -> Any:
     if not isinstance(table, dict):
         return table
     found = {
         key: str(folder / Path(table[key]).expanduser())
-        for key in ("source", "shots_source")
+        for key in ("source", "shots_source", *more)
         if isinstance(table.get(key), str) and _is_local(table[key], folder)
     }
     return {**table, **found}
@@ -160,7 +161,7 @@ def _parse(raw: dict[str, Any], place: str) -> Recipe:
     if isinstance(models, dict):
         raw = {**raw, "models": {n: _seeded_new(m, raw.get("seed", 0)) for n, m in models.items()}}
     try:
-        return Recipe.model_validate(raw)
+        return expanded(Recipe.model_validate(raw))
     except ValidationError as error:
         raise RecipeError(f"{place}: {_explain(error)}") from None
 

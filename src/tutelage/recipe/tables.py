@@ -25,6 +25,7 @@ from tutelage.recipe.base import (
 from tutelage.recipe.curation import Curate, Data, Difficulty, Magpie
 from tutelage.recipe.engines import AnyEngine, EngineTable, TopEngine
 from tutelage.recipe.evaluation import Ablation, Evaluate
+from tutelage.recipe.screening import Screen
 from tutelage.recipe.training import Distill, Online, Sft
 
 SERVED = "served:"
@@ -38,7 +39,7 @@ class Fleet(Table):
     """`local` starts Ray on this machine; `auto` joins the cluster that runs here; or HOST:PORT of
     its head."""
     actors: Annotated[int, Field(ge=0)] = 0
-    """Engines at a time; 0: as many as the cluster has room for when a step begins."""
+    """Engines at a time; 0: as many as the cluster has room for, also where room comes later."""
     cpus: Annotated[float, Field(gt=0)] = 1.0
     """Of one actor."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
@@ -359,6 +360,7 @@ AnyStep = Annotated[
     | New
     | Sft
     | Rollout
+    | Screen
     | Score
     | Convert
     | Distill

@@ -21,10 +21,12 @@ from tutelage.core.errors import DataError
 from tutelage.core.files import write_json
 from tutelage.core.shards import Shard, run_shards, shards
 from tutelage.data.difficulty import (
+    alone_openings,
     difficulty_bands,
     difficulty_from_nll,
     difficulty_from_passes,
     instruction_following_difficulty,
+    mean_nll,
 )
 from tutelage.engines.base import SamplingParams, Scorable
 from tutelage.engines.sampler import TransformersSampler
@@ -34,7 +36,7 @@ from tutelage.evals.grading import Given, Grading
 from tutelage.models.load import Loaded, load_for_inference
 from tutelage.recipe.curation import Difficulty
 from tutelage.records import CONVERSATIONS, RowFiles, prompt_messages, write_rows
-from tutelage.text.chat import PREFIX, ChatFormat, Message, mode_of
+from tutelage.text.chat import ChatFormat, mode_of
 
 KEY = "difficulty"
 """Of a row's meta: {"by", "student", then "passes", "samples", "truncated" or "nll", "ifd"; or
@@ -43,7 +45,6 @@ KEPT_KEY = "difficulty_of_source"
 """Where a column `difficulty` goes that the source itself had."""
 BANDS = 10
 LOGIT_CHUNK_BYTES = 128 * 2**20
-NO_USER_TEXT: Message = {"role": "user", "content": ""}
 
 Row = Mapping[str, Any]
 Figures = dict[str, Any]
@@ -184,7 +185,7 @@ def _by_likelihood(config: Difficulty, student: _Student, rows: RowFiles, work: 
     scorer = TransformersScorer(
         student.loaded.model, device=str(student.loaded.device), chunk_bytes=LOGIT_CHUNK_BYTES
     )
-    openings = {mode: student.chat.prompt_ids([NO_USER_TEXT], mode) for mode in PREFIX}
+    openings = alone_openings(student.chat)
     scratch = work.scratch("nll")
 
     def read(numbers: range) -> list[_Pair | str]:
@@ -224,9 +225,7 @@ def _pair(student: _Student, openings: Mapping[str, list[int]], row: Row) -> _Pa
     """The last answer behind its prompt and by itself, or why the row cannot be scored.
 
     The answer is all that training would teach: chain, content and end of turn. By itself it stands
-    behind the same template with an empty user's turn, so that the two NLLs differ by what was said
-    alone: a bare answer would also pay for the missing frame, outside of which a chat model writes
-    nothing. BOS would not do either: many models have none, and then no first token is scored.
+    behind `alone_openings`.
     """
     last = row["messages"][-1]
     if last["role"] != "assistant":
@@ -254,16 +253,11 @@ def _likelihoods(
     scored = [pair for pair in pairs if not isinstance(pair, str)]
     given = scorer.label_logps([pair.given for pair in scored], on_tokens=on_tokens)
     alone = scorer.label_logps([pair.alone for pair in scored], on_tokens=on_tokens)
-    nll = iter([_nll(logps) for both in zip(given, alone, strict=True) for logps in both])
+    nll = iter([mean_nll(logps) for both in zip(given, alone, strict=True) for logps in both])
     return [
         {"unscored": pair} if isinstance(pair, str) else {"nll": next(nll), "alone": next(nll)}
         for pair in pairs
     ]
-
-
-def _nll(logps_N: np.ndarray) -> float:
-    """Not negative: float32 may put a log-probability 1e-7 above 0."""
-    return max(0.0, -float(logps_N.mean(dtype=np.float64)))
 
 
 def _ranked(figures: Iterable[Figures]) -> tuple[np.ndarray, np.ndarray]:

@@ -2,8 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,12 @@ from tutelage.core.artifact import Artifact, Site, WorkDir
 from tutelage.core.errors import DataError, EngineError
 from tutelage.core.files import write_json
 from tutelage.core.shards import MakeShard, OnTokens, Shard, run_shards, shards
-from tutelage.data.hints import Hints
+from tutelage.data.hints import Hints, hint_rows
+from tutelage.data.screening import student_of
 from tutelage.engines.base import Engine, Scorable
 from tutelage.engines.opening import opened
 from tutelage.engines.scorer import TransformersScorer
+from tutelage.models.load import directory_of, load_tokenizer
 from tutelage.recipe.engines import HERE, EngineTable
 from tutelage.recipe.tables import Score
 from tutelage.records import RowFiles
@@ -96,20 +98,23 @@ class _Routed:
 def _routed(config: Score, rollouts: RowFiles) -> _Routed:
     if not config.routes:
         return _Routed(range(len(rollouts)), {DEFAULT: range(len(rollouts))})
-    columns = {route.by for route in config.routes}
-    tables = list(rollouts.tables(range(len(rollouts))))
-    values = {name: [v for table in tables for v in table[name].to_pylist()] for name in columns}
+    values: dict[str, list[Any]] = {route.by: [] for route in config.routes}
+    for table in rollouts.tables(range(len(rollouts))):
+        for name, found in values.items():
+            found += table[name].to_pylist()
     roles: dict[str, list[int]] = {f"routes.{i}.teacher": [] for i in range(len(config.routes))}
     roles = {DEFAULT: [], **roles}
     for number in range(len(rollouts)):
-        taken = (i for i, r in enumerate(config.routes) if values[r.by][number] in r.values)
-        found = next(taken, None)
-        roles[DEFAULT if found is None else f"routes.{found}.teacher"].append(number)
+        fit = (i for i, r in enumerate(config.routes) if values[r.by][number] in r.values)
+        first = next(fit, None)
+        roles[DEFAULT if first is None else f"routes.{first}.teacher"].append(number)
     for index, route in enumerate(config.routes):
         if not roles[f"routes.{index}.teacher"]:
+            there = sorted({str(value) for value in values[route.by]})
+            taken = "; routes before it take them all" if set(there) & set(route.values) else ""
             raise DataError(
-                f"routes.{index}: no rollout whose {route.by} is {' or '.join(route.values)}; "
-                f"there are {', '.join(sorted({str(v) for v in values[route.by]})[:8])}"
+                f"routes.{index}: no rollout whose {route.by} is {' or '.join(route.values)} is "
+                f"left for it{taken}; there are {', '.join(there[:8])}"
             )
     order: list[int] = []
     stretches: dict[str, range] = {}
@@ -125,7 +130,8 @@ def _reading(config: Score, inputs: Mapping[str, Artifact], site: Site) -> Itera
     rollouts = RowFiles(inputs["rollouts"].shards())
     routed = _routed(config, rollouts)
     estimator = _estimator(config, site)
-    with _Teachers(config, inputs, site) as teachers:
+    origin = _origin(config, inputs, site, estimator)
+    with _Teachers(config, inputs, site, rollouts) as teachers:
 
         def make(shard: Shard, on_tokens: OnTokens) -> dict[str, int]:
             numbers = [routed.order[place] for place in shard.items]
@@ -135,50 +141,68 @@ def _reading(config: Score, inputs: Mapping[str, Artifact], site: Site) -> Itera
             kept = [(key, row) for key, row in numbered if row["response_ids"]]
             rows = [row for _, row in kept]
             known = [hints.prompt_ids(row) if hints else None for row in rows]
+            read = [_scorable(row, ids) for row, ids in zip(rows, known, strict=True)]
             # The key is the row's own number: neither routes nor workers change what is drawn.
             scored = scorer.score(
-                [_scorable(row, ids) for row, ids in zip(rows, known, strict=True)],
-                estimator=estimator, seed=config.seed, keys=[key for key, _ in kept],
+                read, estimator=estimator, seed=config.seed, keys=[key for key, _ in kept],
                 on_tokens=on_tokens,
             )  # fmt: skip
             targets = [_row(row, target) for row, target in zip(rows, scored, strict=True)]
-            meta = _meta(config, inputs, site, engine, estimator)
+            meta = replace(
+                origin, vocab_size=engine.vocab_size,
+                dtype="several" if config.routes else engine.dtype,
+            )  # fmt: skip
             write_shard(site.path / f"{shard.name}.parquet", targets, meta=meta)
             if config.hints:
                 unhinted = sum(ids is None for ids in known)
                 write_json(site.scratch(COUNTS) / f"{shard.name}.json", {"unhinted": unhinted})
-            return {"teacher_prefilled": sum(map(_length, rows))}
+            seen = sum(len(one.prompt_ids) + len(one.response_ids) for one in read)
+            return {"teacher_prefilled": seen}
 
         yield make
 
 
 class _Teachers:
-    """One engine at a time: the last one is closed before another one is opened."""
+    """One engine in memory at a time: the last one is let go of before another one is opened."""
 
-    def __init__(self, config: Score, inputs: Mapping[str, Artifact], site: Site) -> None:
+    def __init__(
+        self, config: Score, inputs: Mapping[str, Artifact], site: Site, rollouts: RowFiles
+    ) -> None:
         self._config, self._inputs, self._site = config, inputs, site
         self._role = ""
+        self._now: tuple[Engine, Hints | None] | None = None
         self._stack = contextlib.ExitStack()
+        self._rows: Mapping[str, Mapping[str, Any]] = {}
+        if config.hints:
+            wanted = {
+                name
+                for table in rollouts.tables(range(len(rollouts)))
+                for name in table["prompt_id"].to_pylist()
+            }
+            self._rows = hint_rows(inputs["hints"].shards(), wanted)
 
     def of(self, role: str) -> tuple[Engine, Hints | None]:
-        if role != self._role:
+        """The engine of a teacher, and what it may know; do not hold on to another one's."""
+        if self._now is None or role != self._role:
+            self._now = None  # its weights go now, not when the next ones are there
             self._stack.close()
             engine = self._stack.enter_context(opened(role, self._inputs, self._site))
-            self._role, self._engine, self._hints = role, engine, self._hinting(engine)
-        return self._engine, self._hints
+            self._role, self._now = role, (engine, self._hinting(engine))
+        return self._now
 
     def _hinting(self, engine: Engine) -> Hints | None:
         if not self._config.hints:
             return None
-        return Hints.read(
-            ChatFormat.from_tokenizer(engine.tokenizer), self._inputs["hints"].shards(),
-            text=self._config.hint, chain=self._config.hint_chain, context=engine.context,
+        return Hints(
+            ChatFormat.from_tokenizer(engine.tokenizer), self._rows, text=self._config.hint,
+            chain=self._config.hint_chain, context=engine.context,
         )  # fmt: skip
 
     def __enter__(self) -> "_Teachers":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._now = None
         self._stack.close()
 
 
@@ -215,15 +239,13 @@ def _calibrating(config: Score, inputs: Mapping[str, Artifact], site: Site) -> I
         answered = [place for place, number in enumerate(routed.order) if responses[number]]
         spread = np.linspace(0, len(answered) - 1, min(CALIBRATION_ROWS, len(answered)))
         places = [answered[index] for index in spread.round().astype(int)]
-        share = CALIBRATION_TOKENS // len(routed.stretches)
-        logits = []
-        with _Teachers(config, inputs, site) as teachers:
+        logits: list[Tensor] = []
+        with _Teachers(config, inputs, site, rollouts) as teachers:
             for role in dict.fromkeys(routed.role(place) for place in places):
-                engine, hints = teachers.of(role)
                 numbers = [routed.order[p] for p in places if routed.role(p) == role]
-                rows = list(_rows(rollouts, numbers))
-                read = [_scorable(row, hints.prompt_ids(row) if hints else None) for row in rows]
-                logits.append(_logits(config, engine, read, share))
+                # As many tokens of each teacher as it has of the answers: tau is for them together.
+                share = max(1, CALIBRATION_TOKENS * len(numbers) // len(places))
+                logits.append(_logits(config, *teachers.of(role), _rows(rollouts, numbers), share))
         tau = tau_for_budget(
             torch.cat(logits), budget=config.budget, unit=config.budget_unit,
             temperature=config.temperature,
@@ -236,8 +258,12 @@ def _calibrating(config: Score, inputs: Mapping[str, Artifact], site: Site) -> I
     yield make
 
 
-def _logits(config: Score, engine: Engine, read: Sequence[Scorable], count: int) -> Tensor:
+def _logits(
+    config: Score, engine: Engine, hints: Hints | None, rows: Iterable[Mapping[str, Any]],
+    count: int,
+) -> Tensor:  # fmt: skip
     """Logits of `count` tokens, evenly over the answers, on the CPU."""
+    read = [_scorable(row, hints.prompt_ids(row) if hints else None) for row in rows]
     scorer = engine.scorer(chunk_bytes=config.logit_chunk_mb * 2**20)
     if not isinstance(scorer, TransformersScorer):  # `Score.top` has refused others before
         raise EngineError(f"a budget needs the engine transformers, not {engine.name}")
@@ -252,25 +278,22 @@ def _scorable(rollout: Mapping[str, Any], prompt_ids: Sequence[int] | None) -> S
     return Scorable(tuple(read), tuple(rollout["response_ids"]), name=rollout["id"])
 
 
-def _length(rollout: Mapping[str, Any]) -> int:
-    return len(rollout["prompt_ids"]) + len(rollout["response_ids"])
-
-
-def _meta(
-    config: Score, inputs: Mapping[str, Artifact], site: Site, engine: Engine,
-    estimator: Threshold | Fixed,
+def _origin(
+    config: Score, inputs: Mapping[str, Artifact], site: Site, estimator: Threshold | Fixed
 ) -> StoreMeta:  # fmt: skip
-    """The same for all shards, whoever reads them: several teachers stand in one line."""
+    """The same for all shards, whoever reads them: several teachers stand in one line, and the
+    tokenizer is the default's. What only an engine knows is blank."""
     tables = _tables(config, site)
+    directory = directory_of(inputs[DEFAULT])
     return StoreMeta(
-        student=inputs["rollouts"].manifest["inputs"]["model"]["fingerprint"],
+        student=student_of(inputs["rollouts"]),
         teacher="+".join(dict.fromkeys(inputs[role].fingerprint for role in tables)),
-        tokenizer=tokenizer_digest(engine.directory),
-        chat_template=ChatFormat.from_tokenizer(engine.tokenizer).fingerprint,
-        vocab_size=engine.vocab_size,
+        tokenizer=tokenizer_digest(directory),
+        chat_template=ChatFormat.from_tokenizer(load_tokenizer(directory)).fingerprint,
+        vocab_size=0,
         temperature=config.temperature,
         engine="+".join(dict.fromkeys(table.kind for table in tables.values())),
-        dtype="several" if config.routes else engine.dtype,
+        dtype="",
         estimator=estimator.name,
         tau=estimator.tau,
     )
