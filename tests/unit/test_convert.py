@@ -26,11 +26,11 @@ from tutelage.core.progress import Reporter
 from tutelage.recipe.load import parse
 from tutelage.recipe.tables import Convert
 from tutelage.stages import convert
-from tutelage.stages.convert import targets_of_top_k
 from tutelage.store import Store
 from tutelage.targets import distillkit
 from tutelage.targets.reader import TargetReader
 from tutelage.targets.schema import TargetRow
+from tutelage.targets.topk import targets_of_top_k
 
 VOCAB, ID_BITS = 320, 9
 QUIET = Reporter(quiet=True)

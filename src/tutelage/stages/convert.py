@@ -25,11 +25,10 @@ from tutelage.recipe.tables import Convert
 from tutelage.records import RowFiles
 from tutelage.targets.distillkit import Settings, decode_ids, decode_logp
 from tutelage.targets.schema import DISTILLKIT, StoreMeta, TargetRow, TokenTargets
+from tutelage.targets.topk import targets_of_top_k
 from tutelage.targets.writer import write_shard
 from tutelage.text.chat import ChatFormat
 from tutelage.text.tokenizer import tokenizer_digest
-
-LEAST = 1e-30
 
 
 def run(config: Convert, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[str, float]:
@@ -129,35 +128,6 @@ def _row(table: pa.Table, name: str, meta: StoreMeta, settings: Settings) -> Tar
         id=name, prompt_id=name, source=meta.teacher, mode="fast", finish_reason="length",
         verdict=None, prompt_ids=ids_L[:1], response_ids=ids_L[1:],
         student_logp_N=targets.label_logp_N, targets=targets,
-    )  # fmt: skip
-
-
-def targets_of_top_k(ids_NK: np.ndarray, logp_NK: np.ndarray, labels_N: np.ndarray) -> TokenTargets:
-    """A captured top-k as the head of a target, with what can be said of label and entropy.
-
-    The curve of a capture may pass 0, or sum to more than 1: such a token is normalised.
-    """
-    order_NK = np.argsort(-logp_NK, axis=1, kind="stable")
-    ids_NK = np.take_along_axis(ids_NK, order_NK, axis=1)
-    logq_NK = np.take_along_axis(logp_NK, order_NK, axis=1).astype(np.float64)
-    logq_NK = np.maximum(logq_NK, np.log(LEAST))
-    mass_N = np.exp(logq_NK).sum(1)
-    logq_NK -= np.log(np.maximum(mass_N, 1.0))[:, None]
-    q_NK = np.exp(logq_NK)
-    rest_N = np.maximum(1 - q_NK.sum(1), LEAST)
-    is_label_NK = ids_NK == labels_N[:, None]
-    bound_N = np.log(np.minimum(rest_N, q_NK[:, -1]))
-    inside_N = is_label_NK.any(1)
-    label_N = np.where(inside_N, np.where(is_label_NK, logq_NK, 0).sum(1), bound_N)
-    entropy_N = -(q_NK * logq_NK).sum(1) - rest_N * np.log(rest_N)
-    count, k = ids_NK.shape
-    none = np.zeros(0, np.int32)
-    return TokenTargets(
-        head_counts_N=np.full(count, k, np.int32),
-        head_ids_M=ids_NK.ravel().astype(np.int32),
-        head_logq_M=logq_NK.ravel().astype(np.float32),
-        tail_counts_N=np.zeros(count, np.int32), tail_ids_T=none,
-        label_logp_N=label_N.astype(np.float32), entropy_N=entropy_N.astype(np.float32), tau=None,
     )  # fmt: skip
 
 
