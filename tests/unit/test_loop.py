@@ -17,7 +17,7 @@ from tutelage.recipe.training import Sft
 from tutelage.text.chat import ChatFormat
 from tutelage.train import checkpoint
 from tutelage.train.batches import Example, PackedBatch, pack, plan_steps, stack
-from tutelage.train.loop import BatchLoss, Plan, StepStage, Trainee, train
+from tutelage.train.loop import BatchLoss, Plan, Seen, StepStage, Trainee, train
 from tutelage.train.objectives import CrossEntropy
 
 CONVERSATIONS = [
@@ -73,6 +73,10 @@ def plan_of(examples: list[Example]) -> Plan:
 
 def work_in(path: Path) -> WorkDir:
     return WorkDir.open(path, reporter=Reporter(quiet=True), device="cpu")
+
+
+def logged_in(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_prompt_tokens_never_reach_the_loss(
@@ -177,7 +181,7 @@ def test_a_steps_rate_is_the_schedules_times_its_stages(
         train(
             model, plan, CrossEntropy(), config(**settings), work_in(where), device=CPU, label="t"
         )
-        return [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
+        return logged_in(where)
 
     plain = logged(tmp_path / "plain", [])
     staged = logged(tmp_path / "staged", [StepStage(1, 1.0)] * 2 + [StepStage(2, 0.25)] * 2)
@@ -189,3 +193,74 @@ def test_a_steps_rate_is_the_schedules_times_its_stages(
     cut = logged(tmp_path / "cut", [StepStage(1, 0.5)] * 4, max_steps=3)
     # The schedule runs over the steps that are left: the last of them has the least rate.
     assert [line["lr"] for line in cut] == [0.5e-3, 0.5e-3, pytest.approx(0.5e-4)]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "epoch_steps"), [(2, 0, 5), (3, 4, 9), (400, 50, 3)]
+)
+def test_the_parts_of_a_schedule_are_its_steps_each_once(
+    parts: int, epochs: int, max_steps: int, epoch_steps: int
+) -> None:
+    found: list[int] = []
+    for number in range(parts):
+        part = config(
+            epochs=epochs, max_steps=max_steps,
+            schedule=[number / parts, round((number + 1) / parts, 12)],
+        )  # fmt: skip
+        assert part.whole_epochs == epochs * parts
+        first, last, whole = part.steps_of_whole(epochs * parts * epoch_steps)
+        found += range(first, last)
+        assert whole == parts * (max_steps or epochs * epoch_steps)
+    assert found == list(range(whole))
+
+
+def test_a_part_has_the_rates_of_the_whole(
+    folder: Path, examples: list[Example], tmp_path: Path
+) -> None:
+    def rates(where: str, steps: int, **settings: object) -> list[float]:
+        model = load_model(folder, dtype="float32", device=CPU)
+        work = work_in(tmp_path / where)
+        plan = Plan(lambda i: examples[i], str, [[[1]]] * steps)
+        train(model, plan, CrossEntropy(), config(**settings), work, device=CPU, label="t")
+        return [line["lr"] for line in logged_in(work.path)]
+
+    # A stage plans the whole: 40 steps are two epochs of 20, of which each half runs one.
+    whole = rates("whole", 40, epochs=2)
+    first = rates("first", 40, epochs=1, schedule=[0.0, 0.5])
+    second = rates("second", 40, epochs=1, schedule=[0.5, 1.0])
+    assert first + second == whole
+    assert max(second) < max(first)  # no warm-up of its own
+    few = [
+        rates(f"few{n}", 40, epochs=1, max_steps=3, schedule=[n / 2, n / 2 + 0.5]) for n in (0, 1)
+    ]
+    assert few[0] + few[1] == rates("six", 40, epochs=2, max_steps=6)
+
+
+def test_what_watches_sees_each_step_is_logged_and_may_end_the_training(
+    folder: Path, examples: list[Example], tmp_path: Path
+) -> None:
+    model = load_model(folder, dtype="float32", device=CPU)
+    asked: list[tuple[int, int]] = []
+
+    def watch(done: int, steps: int) -> Seen:
+        asked.append((done, steps))
+        return Seen({"drift": done / 10} if done > 1 else {}, stop=done == 3)
+
+    plan = Plan(lambda i: examples[i], str, [[[1]]] * 5, watch=watch)
+    settings = config(checkpoint_minutes=0)
+    last = train(model, plan, CrossEntropy(), settings, work_in(tmp_path), device=CPU, label="t")
+    lines = logged_in(tmp_path)
+    assert asked == [(1, 5), (2, 5), (3, 5)]
+    assert [line.get("drift") for line in lines] == [None, 0.2, 0.3]
+    assert last["loss"] == pytest.approx(lines[-1]["loss"], abs=1e-6)
+    assert plan.counts(settings, done=len(lines)) == {"steps": 3, "examples": 3}
+    # Not of the step that ended it: a resumed run must look at that one again.
+    kept = [path.name for path in (tmp_path / "scratch" / "checkpoints").iterdir()]
+    assert kept == ["step-00000002"]
+
+
+@pytest.mark.parametrize("schedule", [[0.5, 0.5], [0.6, 0.2], [0.0, 1.5]])
+def test_a_part_that_is_none_is_refused(schedule: list[float]) -> None:
+    with pytest.raises(ValueError, match="schedule"):
+        config(schedule=schedule)

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from tutelage.core.artifact import Artifact, WorkDir
 from tutelage.core.errors import ArtifactError, DataError, RecipeError
 from tutelage.core.progress import Reporter
-from tutelage.models.load import BackboneAndHead, load_tokenizer
+from tutelage.engines.base import SamplingParams
+from tutelage.engines.sampler import TransformersSampler
+from tutelage.models.load import BackboneAndHead, load_model, load_tokenizer
 from tutelage.recipe.load import parse
 from tutelage.recipe.training import Distill
 from tutelage.records import CONVERSATIONS, write_rows
@@ -32,7 +34,7 @@ from tutelage.targets.writer import write_shard
 from tutelage.text.chat import ChatFormat
 from tutelage.text.tokenizer import tokenizer_digest
 from tutelage.train.batches import PackedBatch
-from tutelage.train.loop import Plan
+from tutelage.train.loop import METRICS, MOMENTS, Plan
 from tutelage.train.objectives import Distillation
 from tutelage.train.spec import LossSpec, Term
 
@@ -65,11 +67,14 @@ def conversation(index: int, words: int = 4, *, prompt_only: bool = False) -> di
 
 
 class Stage:
-    """The stage in a folder, over a store of `rows` and, where given, a text."""
+    """The stage in a folder, over a store of `rows` and, where given, a text.
 
-    def __init__(self, folder: Path, model: Path) -> None:
+    It trains `model`, or what the stage `after` made of it.
+    """
+
+    def __init__(self, folder: Path, model: Path, after: "Stage | None" = None) -> None:
         folder.mkdir(exist_ok=True)
-        self.folder, self.model = folder, model
+        self.folder, self.model, self.after = folder, model, after
         self.meta = StoreMeta(
             student="s", teacher="t", tokenizer=tokenizer_digest(model),
             chat_template=ChatFormat.from_tokenizer(load_tokenizer(model)).fingerprint,
@@ -95,13 +100,16 @@ class Stage:
         } | settings  # fmt: skip
         if (self.folder / "text").exists():
             values |= {"text": "x", "ce_on": "teacher"}
-        external = {"stage": "external", "fingerprint": "f", "identity": {}}
+        begin = {
+            "stage": "distill" if self.after else "external", "fingerprint": "f", "identity": {}
+        }  # fmt: skip
+        folder = self.after.folder / "work" if self.after else self.model
         inputs = {
-            "model": Artifact(self.model, external),
+            "model": Artifact(folder, begin),
             **{name: Artifact(self.folder / name, {}) for name in ("targets", "text")
                if (self.folder / name).exists()},
         }  # fmt: skip
-        work = WorkDir.open(self.folder / "work", reporter=Reporter(quiet=True), device="cpu")
+        work = WorkDir.open(self.folder / "work", reporter=Reporter(), device="cpu")
         return distill.run(Distill.model_validate(values), inputs, work)
 
     @property
@@ -132,8 +140,11 @@ def plan_of(stage: Stage, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> P
     """What the stage would train on."""
     found: list[Plan] = []
 
-    def train(model: nn.Module, plan: Plan, *_: Any, **__: Any) -> dict[str, float]:
+    def train(
+        model: nn.Module, plan: Plan, objective: Any, config: Any, work: WorkDir, **_: Any
+    ) -> dict[str, float]:
         found.append(plan)
+        (work.path / METRICS).touch()
         return {}
 
     with monkeypatch.context() as patch:
@@ -297,6 +308,223 @@ def test_a_killed_training_ends_with_the_bits_of_one_that_was_not(
     assert resumed == whole
     assert other.metrics == stage.metrics
     assert other.weights == stage.weights
+
+
+# A part of a schedule
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"epochs": 4}, {"epochs": 4, "max_steps": 10}, {"epochs": 2, "batch_examples": 4},
+     {"epochs": 6, "lr": 3e-2, "weight_decay": 0.1}],
+    ids=["epochs", "within an epoch", "by examples", "with decay"],
+)  # fmt: skip
+@pytest.mark.parametrize("with_text", [False, True])
+def test_two_halves_of_a_schedule_are_one_training_to_the_bit(
+    stage: Stage, model: Path, settings: dict[str, Any], with_text: bool
+) -> None:
+    rows = sampled_rows(model, 60)
+    whole = stage
+    first = Stage(stage.folder.parent / "first", model)
+    second = Stage(stage.folder.parent / "second", model, first)
+    for one in (whole, first, second):
+        one.store(rows, shards=2)
+        if with_text:
+            one.text([conversation(index) for index in range(4)])
+    half = {key: settings[key] // 2 for key in ("epochs", "max_steps") if key in settings}
+    told = whole.run(**settings)
+    first.run(**{**settings, **half, "schedule": [0.0, 0.5]})
+    last = second.run(**{**settings, **half, "schedule": [0.5, 1.0]})
+    assert second.weights == whole.weights != first.weights
+    lines = [*first.metrics, *second.metrics]
+    for key in ("lr", "loss", "grad_norm"):
+        assert [line[key] for line in lines] == [line[key] for line in whole.metrics]
+    assert last["loss"] == told["loss"]
+    assert len(lines) == told["steps"] == settings.get("max_steps", told["steps"])
+    assert not (whole.folder / "work" / MOMENTS).exists()
+    assert not (second.folder / "work" / MOMENTS).exists()
+
+
+def test_three_parts_of_unequal_epochs_are_one_training_to_the_bit(
+    stage: Stage, model: Path
+) -> None:
+    rows = some(7)
+    stage.store(rows)
+    stage.run(epochs=3)
+    part, lines = None, []
+    for number in range(3):
+        part = Stage(stage.folder.parent / f"part-{number}", model, part)
+        part.store(rows)
+        part.run(epochs=1, schedule=[number / 3, (number + 1) / 3])
+        lines += part.metrics
+    assert part is not None
+    assert part.weights == stage.weights
+    assert [line["lr"] for line in lines] == [line["lr"] for line in stage.metrics]
+
+
+def test_a_killed_later_part_ends_with_the_bits_of_one_that_was_not(
+    stage: Stage, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.store(some(10))
+    stage.run(schedule=[0.0, 0.5])
+    parts = [Stage(stage.folder.parent / name, model, stage) for name in ("a", "killed")]
+    for one in parts:
+        one.store(some(10))
+    whole = parts[0].run(schedule=[0.5, 1.0])
+    example, calls = distill._example, [0]
+
+    def killed(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 7:
+            raise KeyboardInterrupt
+        return example(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "_example", killed)
+        with pytest.raises(KeyboardInterrupt):
+            parts[1].run(schedule=[0.5, 1.0])
+        assert parts[1].run(schedule=[0.5, 1.0]) == whole
+    assert parts[1].weights == parts[0].weights
+    assert parts[1].metrics == parts[0].metrics
+
+
+def test_a_later_part_without_moments_says_so_and_is_another_training(
+    stage: Stage, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.store(some(10))
+    stage.run(schedule=[0.0, 0.5])
+    second = Stage(stage.folder.parent / "second", model, stage)
+    second.store(some(10))
+    second.run(schedule=[0.5, 1.0])
+    assert "moments" not in capsys.readouterr().err
+    (stage.folder / "work" / MOMENTS).unlink()
+    other = Stage(stage.folder.parent / "other", model, stage)
+    other.store(some(10))
+    other.run(schedule=[0.5, 1.0])
+    assert "the model brings no moments of its optimizer" in capsys.readouterr().err
+    assert other.weights != second.weights
+
+
+# The gauge of staleness
+
+
+def sampled_rows(model: Path, count: int, *, temperature: float = 1.0) -> list[TargetRow]:
+    """Answers that the tiny model really gave, with its log-probabilities."""
+    loaded = load_model(model, dtype="float32", device=torch.device("cpu"))
+    prompts = [[5 + index % 50, 60 + index % 7, 12] for index in range(count)]
+    params = SamplingParams(max_tokens=10, temperature=temperature, seed=2, stop_ids=(318,))
+    done = TransformersSampler(loaded, batch_size=count, device="cpu").sample(
+        prompts, params, keys=range(count), on_tokens=lambda count: None
+    )
+    return [
+        replace(
+            stored(index, len(one.response_ids)), prompt_ids=np.array(prompt, np.int32),
+            response_ids=np.array(one.response_ids, np.int32),
+            student_logp_N=np.array(one.logps, np.float32),
+        )
+        for index, (prompt, one) in enumerate(zip(prompts, done, strict=True))
+    ]  # fmt: skip
+
+
+def test_the_gauge_reads_rows_that_are_never_trained_on(
+    stage: Stage, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = sampled_rows(model, 120)
+    rows[0] = stored(0, 0)  # an empty answer cannot be read
+    stage.store(rows)
+    trained = set(flat(plan_of(stage, monkeypatch, epochs=2)))
+    held = set(range(120)) - trained
+    assert len(held) == 2  # 2 % of 120
+    assert held != {0}
+    assert set(flat(plan_of(stage, monkeypatch, schedule=[0.5, 1.0]))) == trained
+    assert set(flat(plan_of(stage, monkeypatch, seed=4))) != trained
+    assert set(flat(plan_of(stage, monkeypatch, gauge_rows=1))) > trained
+    assert set(flat(plan_of(stage, monkeypatch, gauge_rows=0))) == set(range(120))
+    told = stage.run(epochs=2)
+    assert told["gauge_rows"] == 2
+    assert told["gauge_tokens"] == sum(len(rows[index].response_ids) for index in held)
+    assert told["examples"] == 2 * 118
+
+
+def test_the_gauge_starts_at_0_and_rises_as_the_student_moves(stage: Stage, model: Path) -> None:
+    stage.store(sampled_rows(model, 120))
+    told = stage.run(epochs=12, lr=3e-3)
+    curve = [line["staleness"] for line in stage.metrics if "staleness" in line]
+    assert 0 <= told["staleness_start"] < 1e-3  # the store rounds log-probabilities
+    assert len(curve) == 10
+    assert told["staleness"] == curve[-1] > curve[0] > told["staleness_start"]
+    assert told["staleness_most"] == max(curve)
+    assert "staleness" in stage.metrics[-1]
+
+
+def test_the_gauge_changes_nothing_of_the_training(
+    stage: Stage, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = sampled_rows(model, 60)
+    stage.store(rows)
+    stage.run(epochs=2)
+    other = Stage(stage.folder.parent / "unread", model)
+    other.store(rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "_gauge", lambda *_: (None, {}))
+        other.run(epochs=2)
+    assert not any("staleness" in line for line in other.metrics)
+    assert any("staleness" in line for line in stage.metrics)
+    assert stage.weights == other.weights
+
+
+def test_greedy_answers_have_no_gauge_and_the_reason_is_said(
+    stage: Stage, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.store(sampled_rows(model, 120, temperature=0.0))
+    told = stage.run()
+    assert not any("stale" in name or "gauge" in name for name in told)
+    assert "no gauge of staleness: the answers are not plain samples" in capsys.readouterr().err
+
+
+def test_answers_of_nobody_have_no_gauge_and_are_all_trained_on(stage: Stage) -> None:
+    stage.meta = replace(stage.meta, student="")
+    stage.store(some(120))
+    told = stage.run()
+    assert told["examples"] == 120
+    assert "staleness" not in told
+
+
+def test_answers_of_another_model_are_said_to_be_so(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.store(some(120))  # all tokens at -1 nat, where the model would say -5.8
+    assert stage.run()["staleness_start"] > 0.1
+    assert "the answers are not this model's own" in capsys.readouterr().err
+
+
+def test_a_training_that_stops_when_stale_is_resumed_to_the_same_bits(
+    stage: Stage, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = sampled_rows(model, 120)
+    killed = Stage(stage.folder.parent / "killed", model)
+    settings = {"epochs": 4, "stop_when_stale": True, "max_staleness": 0.05, "lr": 1e-2}
+    for one in (stage, killed):
+        one.store(rows)
+    planned = len(plan_of(stage, monkeypatch, epochs=4).steps)
+    told = stage.run(**settings)
+    assert 0 < told["steps"] < planned
+    assert len(stage.metrics) == told["steps"]
+    assert told["staleness"] == told["staleness_most"] > 0.05
+    assert told["examples"] < 4 * 118
+    save = distill.save_student
+
+    def struck(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "save_student", struck)  # just after it had stopped
+        with pytest.raises(KeyboardInterrupt):
+            killed.run(**settings)
+        patch.setattr(distill, "save_student", save)
+        assert killed.run(**settings) == told
+    assert killed.weights == stage.weights
+    assert killed.metrics == stage.metrics
 
 
 # Memory

@@ -1,6 +1,7 @@
 """The tables of training: `sft`, `distill`, `online`, and what they share."""
 
-from typing import Annotated, Any, ClassVar, Literal
+import math
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -43,7 +44,36 @@ class Training(Step):
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
     """Save a checkpoint this often; 0 after every step."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    schedule: tuple[Share, Share] = (0.0, 1.0)
+    """Which part of one training this step is: [0.0, 0.5] and behind it [0.5, 1.0] have the rates
+    and the order of rows of one step with twice the epochs (and max_steps), and the optimizer's
+    moments go with the model from the first to the second."""
     seed: Seed
+
+    @model_validator(mode="after")
+    def _a_part(self) -> Self:
+        if self.schedule[0] >= self.schedule[1]:
+            raise ValueError("schedule is [from, to] with from below to, as [0.0, 0.5]")
+        return self
+
+    @property
+    def part(self) -> float:
+        """Share of the whole training that this step is."""
+        return self.schedule[1] - self.schedule[0]
+
+    @property
+    def whole_epochs(self) -> int:
+        """Epochs to plan for the whole training, of which this step runs its part."""
+        # 2 / (1 - 2/3) is a hair above 6, which must not plan a seventh.
+        return math.ceil(self.epochs / self.part * (1 - 1e-6))
+
+    def steps_of_whole(self, planned: int) -> tuple[int, int, int]:
+        """Of `planned` steps over `whole_epochs`: first and last (excluded) of ours, and of all."""
+        whole = round(planned * self.epochs / self.part / self.whole_epochs)
+        if self.max_steps:
+            whole = min(whole, round(self.max_steps / self.part))
+        first, last = (round(share * whole) for share in self.schedule)
+        return first, last, whole
 
 
 class CurriculumStage(Table):
@@ -92,6 +122,12 @@ class Sft(Training):
         return value
 
     @model_validator(mode="after")
+    def _one_way_to_part(self) -> "Sft":
+        if self.curriculum and self.schedule != (0.0, 1.0):
+            raise ValueError("curriculum has stages of its own: schedule must be [0.0, 1.0]")
+        return self
+
+    @model_validator(mode="after")
     def _one_way_to_mix(self) -> "Sft":
         if self.mixture and self.curriculum:
             raise ValueError("mixture and curriculum exclude each other: give one")
@@ -132,7 +168,7 @@ class TeacherLoss(Table):
 class Distill(TeacherLoss, Training):
     """Training on stored teacher targets: `(1 - lam) * CE + lam * KD` (arXiv 2509.26497)."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     stage: Literal["distill"]
     targets: TargetsRef
     text: ConversationsRef = ""
@@ -141,6 +177,24 @@ class Distill(TeacherLoss, Training):
     """Train only on so many first tokens of an answer; 0 takes all (arXiv 2606.22600)."""
     first_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Train only on this first share of an answer."""
+    rounds: PositiveInt = 1
+    """Answer and score anew so many times less one, with the student of the moment: the step
+    becomes several under one schedule, which `plan` shows (arXiv 2605.05940 finds 2 best)."""
+    gauge_rows: Annotated[int, Field(ge=0)] = 16
+    """Rollouts kept out of training, at most 2 % of the store, on which the gauge of staleness
+    reads the student in training: KL(student now || the one that answered). 0: no gauge."""
+    gauge_points: PositiveInt = 10
+    """Times it reads, evenly over the step; fewer where that would cost over 3 % of training."""
+    max_staleness: Annotated[float, Field(gt=0)] = 0.1
+    """Nats a token above which it warns (arXiv 2605.05940)."""
+    stop_when_stale: bool = False
+    """End the training there."""
+
+    @model_validator(mode="after")
+    def _a_gauge_to_stop_by(self) -> "Distill":
+        if self.stop_when_stale and not self.gauge_rows:
+            raise ValueError("stop_when_stale needs the gauge: set gauge_rows")
+        return self
 
     @model_validator(mode="after")
     def _text_for_its_label(self) -> "Distill":

@@ -23,7 +23,7 @@ TOKEN_TITLES = {
     "student_decoded": "Student decoded", "teacher_decoded": "Teacher decoded",
     "teacher_prefilled": "Teacher prefilled", "trained": "Trained",
 }  # fmt: skip
-CURVES = ("loss", "forward_kl", "kl")
+CURVES = ("loss", "forward_kl", "kl", "staleness")
 """Fields of `metrics.jsonl` that are in nats per token and worth a line."""
 ENDS = 10  # a curve's beginning and end are told as the mean of a tenth of its steps
 

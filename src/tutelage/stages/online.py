@@ -43,12 +43,13 @@ def run(config: Online, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[s
     plan = Plan(fresh.load, fresh.name, fresh.steps(), notes=fresh.notes)
     objective = Distillation(loss_spec(config, meta), meta.temperature, fresh.targets)
     last = train(
-        student.model, plan, objective, config, work, device=student.device, label="online"
-    )
+        student.model, plan, objective, config, work, device=student.device, label="online",
+        before=inputs["model"].path,
+    )  # fmt: skip
     _keep_counts(work)
     save_student(student, work.path / "model")
     return {
-        **plan.counts(config.max_steps),
+        **plan.counts(config),
         "rows": len(prompts),
         **{name: value for name, value in last.items() if name != "grad_norm"},
     }
@@ -68,7 +69,10 @@ class _Fresh:
         self._config, self._prompts, self._student, self._chat = config, prompts, student, chat
         self._size = config.prompts_a_step * config.samples
         self._order_P = np.concatenate(
-            [epoch_order(len(prompts), seed=config.seed, epoch=e) for e in range(config.epochs)]
+            [
+                epoch_order(len(prompts), seed=config.seed, epoch=e)
+                for e in range(config.whole_epochs)
+            ]
         )
         self._params = SamplingParams(
             config.max_tokens, config.temperature, config.seed, chat.stop_ids

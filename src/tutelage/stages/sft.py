@@ -43,12 +43,13 @@ def run(config: Sft, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[str,
     else:
         plan = _by_epochs(config, rows)
     last = train(
-        loaded.model, plan, CrossEntropy(), config, work, device=loaded.device, label="sft"
-    )
+        loaded.model, plan, CrossEntropy(), config, work, device=loaded.device, label="sft",
+        before=inputs["model"].path,
+    )  # fmt: skip
     save_student(loaded, work.path / "model")
     return {
         "loss": last["loss"],
-        **plan.counts(config.max_steps),
+        **plan.counts(config),
         "rows": len(rows.names),
         "left_out": rows.left_out,
         "reasoning_share": rows.modes.count("reasoning") / len(rows.names),
@@ -58,7 +59,7 @@ def run(config: Sft, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[str,
 
 def _by_epochs(config: Sft, rows: Conversations) -> Plan:
     steps: Steps = []
-    for epoch in range(config.epochs):
+    for epoch in range(config.whole_epochs):
         order = (
             mixed_order(rows.counts, config.mixture, seed=config.seed, epoch=epoch)
             if config.mixture

@@ -41,14 +41,7 @@ def save(
         {name: p.detach().contiguous() for name, p in named.items()},
         partial / "weights.safetensors",
     )
-    moments = {
-        f"{name}|{key}": value.contiguous()
-        for name, parameter in named.items()
-        for key, value in optimizer.state[parameter].items()
-        if isinstance(value, torch.Tensor)
-    }
-    moments["rng"] = torch.get_rng_state()
-    save_file(moments, partial / "optimizer.safetensors")
+    save_moments(partial / "optimizer.safetensors", model, optimizer)
     (partial / STATE).write_text(json.dumps(asdict(position)))
     for path in partial.iterdir():
         fsync(path)
@@ -66,19 +59,37 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         return None
     newest = whole[-1]
     weights = load_file(newest / "weights.safetensors")
-    moments = load_file(newest / "optimizer.safetensors")
-    torch.set_rng_state(moments.pop("rng"))
     with torch.no_grad():
         for name, parameter in _trained(model).items():
             parameter.copy_(weights[name])
-            optimizer.state[parameter] = {}
+    load_moments(newest / "optimizer.safetensors", model, optimizer)
+    return Position(**json.loads((newest / STATE).read_text()))
+
+
+def save_moments(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write the optimizer's state, by the names of the model's parameters, and torch's RNG."""
+    moments = {
+        f"{name}|{key}": value.contiguous()
+        for name, parameter in _trained(model).items()
+        for key, value in optimizer.state[parameter].items()
+        if isinstance(value, torch.Tensor)
+    }
+    moments["rng"] = torch.get_rng_state()
+    save_file(moments, path)
+
+
+def load_moments(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """The inverse of `save_moments`, over a model of the same parameters."""
+    moments = load_file(path)
+    torch.set_rng_state(moments.pop("rng"))
     named = _trained(model)
+    for parameter in named.values():
+        optimizer.state[parameter] = {}
     for key, value in moments.items():
         name, _, part = key.rpartition("|")
         # AdamW keeps its step count on the CPU, the moments where the parameter is.
         place = value if part == "step" else value.to(named[name].device)
         optimizer.state[named[name]][part] = place
-    return Position(**json.loads((newest / STATE).read_text()))
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

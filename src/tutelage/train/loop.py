@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,8 @@ from tutelage.train import checkpoint, optim
 from tutelage.train.batches import Example, PackedBatch, PackedRow, pack, stack
 
 METRICS = "metrics.jsonl"
+MOMENTS = "moments.safetensors"
+"""The optimizer's state beside the model, where a later step goes on with the same schedule."""
 
 
 class Objective(Protocol):
@@ -56,8 +58,21 @@ class StepStage:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What a look at the model between two steps found."""
+
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """For the log, beside the step's own."""
+    stop: bool = False
+    """Whether the training ends here."""
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What to train on: examples by index, and each step as packed rows of indices."""
+    """What to train on: examples by index, and each step as packed rows of indices.
+
+    Made for the whole training; `part` is what a step with a `schedule` of its own runs of it.
+    """
 
     load: Callable[[int], Example]
     name: Callable[[int], str]
@@ -67,6 +82,21 @@ class Plan:
     """Of each step; empty where there is no curriculum."""
     notes: Callable[[int], Mapping[str, int]] = lambda number: {}
     """Counts that the log keeps beside a step's figures, once its examples were loaded."""
+    watch: Callable[[int, int], Seen] = lambda done, steps: Seen()
+    """Looks at the model after step `done` of `steps`. It must follow from the model alone, so that
+    a resumed run stops where one that was not killed does."""
+    first: int = 0
+    """Place of its first step in the whole training."""
+    whole: int = 0
+    """Steps of the whole training; 0: those that are here."""
+
+    def part(self, config: Training) -> "Plan":
+        """The steps that `config.schedule` and `config.max_steps` leave of a whole plan."""
+        first, last, whole = config.steps_of_whole(len(self.steps))
+        return replace(
+            self, steps=self.steps[first:last], stages=self.stages[first:last], first=first,
+            whole=whole,
+        )  # fmt: skip
 
     def lr_scale(self, number: int) -> float:
         """Factor on the schedule's rate at step `number`."""
@@ -77,9 +107,12 @@ class Plan:
         stage = {"stage": self.stages[number].number} if self.stages else {}
         return {**stage, **self.notes(number)}
 
-    def counts(self, max_steps: int) -> dict[str, int]:
-        """Steps and examples of a whole run, for a summary: what a fair comparison must match."""
-        steps = self.steps[: max_steps or None]
+    def counts(self, config: Training, done: int | None = None) -> dict[str, int]:
+        """Steps and examples of a run, for a summary: what a fair comparison must match.
+
+        `done` where it was stopped after so many steps.
+        """
+        steps = self.part(config).steps[:done]
         return {"steps": len(steps), "examples": sum(len(_rows_of(step)) for step in steps)}
 
 
@@ -106,21 +139,28 @@ class Trainee(nn.Module):
 
 def train(
     model: nn.Module, plan: Plan, objective: Objective, config: Training, work: WorkDir,
-    *, device: torch.device, label: str,
+    *, device: torch.device, label: str, before: Path | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Train `model` in place over the plan's steps; returns the last step's averages.
+    """Train `model` in place over its part of the plan's steps; returns the last step's averages.
 
+    `before` is the folder of the artifact that the model comes from: the later part of a schedule
+    goes on with the moments that the part before it left there.
     Raises EngineError with the rows of the batch when the loss or a gradient is not finite.
     """
     accelerator = Accelerator(mixed_precision=_mixed(config.precision), cpu=device.type == "cpu")
     optimizer = optim.adamw(model, lr=config.lr, weight_decay=config.weight_decay)
     folder = work.scratch("checkpoints")
-    position = checkpoint.restore(folder, model, optimizer) or checkpoint.Position(0, 0, 0.0)
+    position = checkpoint.restore(folder, model, optimizer)
+    if position is None:
+        position = checkpoint.Position(0, 0, 0.0)
+        if config.schedule[0] > 0:
+            _go_on(before, model, optimizer, work)
     trainee, optimizer = accelerator.prepare(Trainee(model, objective), optimizer)
     model.train()
     saved = started = time.monotonic()
     averages: dict[str, float] = {}
-    steps = plan.steps[: config.max_steps or None]
+    plan = plan.part(config)
+    steps = plan.steps
     total = sum(len(_rows_of(step)) for step in steps)
     seen = sum(len(_rows_of(step)) for step in steps[: position.step])
     with (
@@ -131,15 +171,18 @@ def train(
             step = steps[number]
             rows = [pack([_cut(plan.load(i), config) for i in row], row) for row in step]
             lr = plan.lr_scale(number) * optim.cosine_lr(
-                number, steps=len(steps), lr=config.lr, min_share=config.min_lr_share,
+                plan.first + number, steps=plan.whole, lr=config.lr, min_share=config.min_lr_share,
                 warmup_share=config.warmup_share,
             )  # fmt: skip
             averages = _step(accelerator, trainee, optimizer, rows, lr, config, device, plan)
             tokens = position.trained_tokens + sum(len(row.ids_T) for row in rows)
             position = checkpoint.Position(number + 1, tokens, position.seconds)
             facts = {"step": number + 1, **plan.facts(number), "lr": lr, "tokens": tokens}
-            log.write(facts | averages)
+            look = plan.watch(number + 1, len(steps))
+            log.write(facts | averages | dict(look.figures))
             _show(bar, len(_rows_of(step)), averages)
+            if look.stop:  # without a checkpoint: a resumed run looks here again
+                break
             due = time.monotonic() - saved >= config.checkpoint_minutes * 60
             if due and number + 1 < len(steps):
                 spent = position.seconds + time.monotonic() - started
@@ -148,11 +191,23 @@ def train(
                 checkpoint.save(folder, model, _inner(optimizer), position)
                 saved = started = time.monotonic()
     model.eval()
+    if config.schedule[1] < 1:
+        checkpoint.save_moments(work.path / MOMENTS, model, _inner(optimizer))
     work.commit(
         "train", seconds=position.seconds + time.monotonic() - started,
         tokens={"trained": position.trained_tokens},
     )  # fmt: skip
     return averages
+
+
+def _go_on(
+    before: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, work: WorkDir
+) -> None:
+    """Take over the moments of the part before; without them they begin at 0, as in any step."""
+    if before and (before / MOMENTS).is_file():
+        checkpoint.load_moments(before / MOMENTS, model, optimizer)
+    else:
+        work.reporter.say("  the model brings no moments of its optimizer: they begin anew")
 
 
 def _step(

@@ -21,7 +21,8 @@ def adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Ad
 def cosine_lr(step: int, *, steps: int, lr: float, min_share: float, warmup_share: float) -> float:
     """Learning rate of optimizer step `step` in [0, steps): linear warm-up, then cosine.
 
-    Falls from `lr` to `min_share * lr`, which the last step reaches.
+    Falls from `lr` to `min_share * lr`, which the last step reaches. A training in parts gives the
+    number of the step in the whole, and the steps of the whole.
     """
     warmup = math.ceil(steps * warmup_share)
     if step < warmup:
