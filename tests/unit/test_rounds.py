@@ -191,3 +191,22 @@ def test_a_model_may_hold_no_name_that_a_round_takes() -> None:
     recipe["models"]["d-round2-answers"] = {"source": "./x"}
     with pytest.raises(RecipeError, match="d-round2-answers: the rounds of 'd'"):
         parse(recipe, "recipe.toml")
+
+
+def test_the_student_of_a_round_answers_by_the_engine_of_the_first() -> None:
+    given = {**raw(d={"rounds": 2}), "engines": {"m": {"kind": "vllm", "top": 7}}}
+    nodes = {node.name: node for node in build([parse(given, "recipe.toml")])}
+    assert nodes["d-round2-answers"].engines == {"model": nodes["answers"].engines["model"]}
+    assert nodes["d-round2-targets"].engines == {}
+    # What the recipe says of the round's own student comes first.
+    own = {**given, "engines": {**given["engines"], "d-round1": {"kind": "vllm", "top": 9}}}
+    nodes = {node.name: node for node in build([parse(own, "recipe.toml")])}
+    assert nodes["d-round2-answers"].engines["model"].meaning()["top"] == 9
+
+
+def test_a_server_that_has_the_first_student_cannot_have_the_next() -> None:
+    given = {
+        **raw(d={"rounds": 2}), "engines": {"m": {"kind": "server", "url": "http://a:1"}},
+    }  # fmt: skip
+    with pytest.raises(RecipeError, match=r"steps\.d\.rounds: 'm' answers behind a server"):
+        parse(given, "recipe.toml")

@@ -299,7 +299,7 @@ def planned(folder: Path, model: Artifact, change: tuple[str, str] = ("", "")) -
     out = io.StringIO()
     estimates = estimate(steps, Store(folder / "store"))
     display.plan_table(Console(file=out, width=200), steps, estimates)
-    json.dumps(display.plan_rows(steps, estimates), {})
+    json.dumps(display.plan_rows(steps, estimates, {}))
     return [line.strip() for line in out.getvalue().splitlines() if "tuned: stage" in line]
 
 

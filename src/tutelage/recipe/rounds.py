@@ -11,6 +11,7 @@ from typing import Any
 
 from tutelage.core.errors import RecipeError
 from tutelage.recipe.base import Step
+from tutelage.recipe.engines import EngineTable, Server
 from tutelage.recipe.screening import Screen
 from tutelage.recipe.tables import Recipe, Rollout, Score
 from tutelage.recipe.training import Distill
@@ -26,8 +27,10 @@ def expanded(recipe: Recipe) -> Recipe:
     name that is taken.
     """
     steps: dict[str, Step] = {}
+    engines = dict(recipe.engines)
     for name, step in recipe.steps.items():
         if isinstance(step, Distill) and step.rounds > 1:
+            engines |= _engines_of_students(name, step, recipe)
             for new, made in _rounds(name, step, recipe).items():
                 if new != name and (new in recipe.steps or new in recipe.models):
                     raise RecipeError(
@@ -36,7 +39,21 @@ def expanded(recipe: Recipe) -> Recipe:
                 steps[new] = made
         else:
             steps[name] = step
-    return recipe.model_copy(update={"steps": steps})
+    return recipe.model_copy(update={"steps": steps, "engines": engines})
+
+
+def _engines_of_students(name: str, step: Distill, recipe: Recipe) -> dict[str, EngineTable]:
+    """The student of a round answers as the first one did; no server has it yet. RecipeError."""
+    engine = recipe.engines.get(step.model)
+    if engine is None:
+        return {}
+    if isinstance(engine, Server):
+        raise RecipeError(
+            f"steps.{name}.rounds: {step.model!r} answers behind a server, which has no student "
+            "that is still to be trained; run it by vllm or transformers"
+        )
+    students = [f"{name}-round{number}" for number in range(1, step.rounds)]
+    return {student: recipe.engines.get(student, engine) for student in students}
 
 
 def _rounds(name: str, step: Distill, recipe: Recipe) -> dict[str, Step]:

@@ -113,8 +113,8 @@ class Gauge:
             self._warned = True
             self.say(
                 f"  step {done} of {steps}: the student is {value:.2f} +- {error:.2f} nats a token "
-                f"from the one that answered (max_staleness {self.most:g}); refresh its answers "
-                "with rounds = 2, or lower lr"
+                f"from the one that answered (max_staleness {self.most:g}); lower lr, or "
+                "refresh its answers with rounds = 2"
             )
         if stale and self.stop and done < steps:
             self.say(f"  stopped after step {done} of {steps}: stop_when_stale")
