@@ -12,7 +12,6 @@ from tutelage.doctor.findings import Finding, against, ok, unchecked, warn
 from tutelage.doctor.template import Voice, voices
 from tutelage.models.inspect import read_config
 from tutelage.recipe.base import Step
-from tutelage.text.markers import END_THINK, THINK
 from tutelage.text.tokenizer import tokenizer_digest, vocab_size
 
 MARKER = re.compile(r"\s*(<[^<>\s]+>|\[/?[A-Z_]+\])")
@@ -118,9 +117,10 @@ def _think(case: Case, voice: Voice) -> Finding:
     name = f"think markers of {voice.name}"
     if voice.chat is None:
         return unchecked(name, "its chat template cannot be used")
+    markers = voice.chat.markers
     counts = {
         marker: len(voice.tokenizer.encode(marker, add_special_tokens=False))
-        for marker in (THINK, END_THINK)
+        for marker in (markers.opening, markers.closing)
     }
     message: Any = {"role": "assistant", "content": ANSWER, "thinking": CHAIN}
     try:
@@ -134,7 +134,7 @@ def _think(case: Case, voice: Voice) -> Finding:
             "the tokenizer changes text; take another model, or fast mode only",
         )  # fmt: skip
     said = ", ".join(f"{marker} is {count} tokens" for marker, count in counts.items())
-    if counts[THINK] == counts[END_THINK] == 1:
+    if set(counts.values()) == {1}:
         return ok(name, "single tokens; a reasoning answer comes back as it was written")
     reasons = any(getattr(step, "mode", "fast") == "reasoning" for _, step in case.steps(Step))
     if 1 in counts.values():
