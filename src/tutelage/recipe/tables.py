@@ -35,7 +35,7 @@ ESTIMATOR_SETTINGS = {"threshold": ("tau", "budget", "budget_unit"), "fixed": ("
 class Fleet(Table):
     """The cluster of `executor = "ray"`; its nodes see the store and the models under one path."""
 
-    address: str = "local"
+    address: Annotated[str, Field(pattern=r"^(local|auto|[^\s/]+:\d+)$")] = "local"
     """`local` starts Ray on this machine; `auto` joins the cluster that runs here; or HOST:PORT of
     its head."""
     actors: Annotated[int, Field(ge=0)] = 0
