@@ -11,7 +11,6 @@ import os
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
@@ -19,8 +18,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn
 
 from tutelage import pipeline
-from tutelage.core import errors
-from tutelage.core.errors import EngineError, TutelageError
+from tutelage.core.errors import EngineError
+from tutelage.core.fault import Fault
 from tutelage.core.progress import Bar, Reporter
 from tutelage.models import source as models
 from tutelage.recipe.load import Variant
@@ -130,7 +129,7 @@ def _listen(workers: Mapping[Connection, BaseProcess], reporter: Reporter, bar: 
                 )
                 continue
             if kind == "failed":
-                raise _error(content)
+                raise content.error()
             if kind == "say":
                 reporter.say(content)
             elif kind == "made":
@@ -145,13 +144,6 @@ def _listen(workers: Mapping[Connection, BaseProcess], reporter: Reporter, bar: 
             "for what killed them, and run again: finished steps are kept"
         )
     return made
-
-
-def _error(content: Mapping[str, str]) -> Exception:
-    kind = getattr(errors, content["kind"], None)
-    if isinstance(kind, type) and issubclass(kind, TutelageError):
-        return kind(content["text"])
-    return RuntimeError(f"in a process that made steps:\n{content['trace']}")
 
 
 @contextlib.contextmanager
@@ -200,16 +192,7 @@ def _work(
     except KeyboardInterrupt:
         _leave()
     except BaseException as error:  # reported by the parent, which raises it again
-        messages.send(
-            (
-                "failed",
-                {
-                    "kind": type(error).__name__,
-                    "text": str(error),
-                    "trace": traceback.format_exc(),
-                },
-            )
-        )
+        messages.send(("failed", Fault.of(error)))
 
 
 def _leave_with(parent: int) -> None:

@@ -4,15 +4,19 @@
 """
 
 import os
+import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
 import numpy as np
+import psutil
 import pytest
+from digests import digests
 
 from tutelage.core.artifact import Artifact
 from tutelage.core.errors import EngineError
@@ -238,3 +242,77 @@ def test_another_models_tokenizer_is_found_out(address: str, model_folder: Path)
     table = Server(kind="server", url=address, key_env="VLLM_TEST_KEY")
     with pytest.raises(EngineError, match=r"another tokenizer: id \d+ is"):
         server.open_engine(tiny, table, device="cpu")
+
+
+RECIPE = """
+name = "tiny"
+seed = 3
+[models.teacher]
+source = "bundled:smollm2-135m-instruct"
+[engines.teacher]
+kind = "server"
+url = "{url}"
+key_env = "VLLM_TEST_KEY"
+concurrency = 1
+[steps.prompts]
+stage = "data"
+sources = [{{ source = "bundled:prompts" }}]
+limit = 16
+[steps.rollouts]
+stage = "rollout"
+model = "teacher"
+prompts = "prompts"
+mode = "fast"
+max_tokens = 12
+[steps.targets]
+stage = "score"
+teacher = "teacher"
+rollouts = "rollouts"
+shard_rows = 1
+"""
+
+
+def _started(recipe: Path, store: Path, *words: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable, "-m", "tutelage", "run", recipe, "--store", store, *words,
+        "--set", "runtime.threads=1",
+    ]  # fmt: skip
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def _ended(process: subprocess.Popen[str]) -> str:
+    _, said = process.communicate(timeout=START_SECONDS)
+    assert process.returncode == 0, said
+    return said
+
+
+def test_two_ray_workers_score_through_it_and_one_is_killed_the_bytes_are_those_of_one_process(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("VLLM_TEST_KEY", KEY)
+    recipe, alone, fleet = tmp_path / "r.toml", tmp_path / "alone", tmp_path / "fleet"
+    recipe.write_text(RECIPE.format(url=address))
+    _ended(_started(recipe, alone, "--until", "rollouts"))
+    shutil.copytree(alone, fleet)
+    _ended(_started(recipe, alone))
+    process = _started(
+        recipe, fleet, "--set", "runtime.executor=ray", "--set", "runtime.ray.actors=2"
+    )
+    end = time.monotonic() + START_SECONDS
+    workers: list[psutil.Process] = []
+    while time.monotonic() < end and process.poll() is None:
+        if list(fleet.glob("artifacts/score/*.partial/part-*.parquet")):
+            children = psutil.Process(process.pid).children(recursive=True)
+            workers = [p for p in children if "ray::Worker.make" in " ".join(p.cmdline()[:1])]
+            if workers:
+                workers[0].kill()
+                break
+        time.sleep(0.02)
+    said = _ended(process)
+    assert workers, said
+    assert "was lost at part-" in said
+    assert "2 actors on 1 node" in said
+    assert digests(fleet) == digests(alone)
+    assert KEY not in said
+    assert not [p for p in tmp_path.rglob("*.json") if KEY in p.read_text()]
