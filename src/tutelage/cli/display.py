@@ -54,7 +54,7 @@ def plan_table(
     console.print(
         f"\n{count} of {len(planned)} to run"
         + (
-            "; minutes are known once the models are fetched"
+            "; ?: minutes of a model that is not on this machine are not known"
             if unknown
             else f", about {total:.0f} minutes at the pace measured here"
             if measured

@@ -19,6 +19,11 @@ device = "auto"                 # auto, cpu, cuda, npu or mps
 [models.teacher]
 source = "bundled:smollm2-135m-instruct"    # or a Hub id "Qwen/Qwen3-8B", or a directory
 
+# The teacher may run elsewhere: in vLLM, or behind a server (docs/engines.md).
+# [engines.teacher]
+# kind = "server"
+# url = "http://gpu-box:8000"
+
 [models.student]                # must share the teacher's tokenizer
 source = "bundled:smollm2-135m-instruct"
 drop_layers = 8                 # depth-pruned start; leave out for a model that is small already

@@ -103,7 +103,7 @@ class Http:
         except _Again as last:
             tries = retrying.statistics["attempt_number"]
             raise EngineError(
-                f"{where}{last}; tried {tries} times; finished shards are kept: see to the server "
+                f"{where}{last}; tried {tries} {'time' if tries == 1 else 'times'}; finished shards are kept: see to the server "
                 "and run again"
             ) from None
 
