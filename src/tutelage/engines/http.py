@@ -102,9 +102,10 @@ class Http:
             return await retrying(self._once, client, route, body, read, where)
         except _Again as last:
             tries = retrying.statistics["attempt_number"]
+            times = "once" if tries == 1 else f"{tries} times"
             raise EngineError(
-                f"{where}{last}; tried {tries} {'time' if tries == 1 else 'times'}; finished shards are kept: see to the server "
-                "and run again"
+                f"{where}{last}; tried {times}; finished shards are kept: see to the server and "
+                "run again"
             ) from None
 
     async def _once(
