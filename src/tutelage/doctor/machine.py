@@ -22,7 +22,10 @@ EXTRAS = {
     "data": (("py3langid",), "the language filter"),
     "edge": (("xllamacpp",), "runs the exported GGUF"),
     "evals": (("lm_eval", "math_verify"), "standard benchmarks"),
+    "lora": (("peft",), "adapters: training with the table lora, models with adapter"),
+    "qlora": (("peft", "bitsandbytes"), "adapters over a base in 4 or 8 bits"),
     "ray": (("ray",), "shards over a cluster"),
+    "trackers": (("tensorboard",), "curves of a training while it runs"),
     "vllm": (("vllm",), "the engine vllm, for GPUs and NPUs"),
 }
 """The extras of this package: their modules and what they are for."""

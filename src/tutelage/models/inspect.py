@@ -30,6 +30,8 @@ CONTENT_PATTERNS = (
 """Files that decide what a model computes: weights, configuration, tokenizer, remote code."""
 PANGU = "PanguEmbedded"
 """The `model_type` that `pangu.py` makes plain Llama of."""
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""PEFT's layout of an adapter."""
 HEAD = "lm_head.weight"
 COMPUTED = "rotary_emb.inv_freq"
 """Ends the name of what old checkpoints store though it follows from the configuration."""
@@ -209,6 +211,17 @@ def weight_files(directory: Path) -> list[Path]:
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     raise ModelError(_no_weights(directory))
+
+
+def adapter_files(directory: Path) -> list[Path]:
+    """Configuration and weights of a stored adapter. Raises ModelError when one is missing."""
+    for name in ADAPTER_FILES:
+        if not (directory / name).is_file():
+            raise ModelError(
+                f"{directory} holds no adapter: there is no {name} in it; check the path, or save "
+                "it again with PEFT's save_pretrained"
+            )
+    return [directory / name for name in ADAPTER_FILES]
 
 
 def content_digest(path: Path, *, cache: Path) -> str:
