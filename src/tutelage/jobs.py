@@ -17,10 +17,11 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn
 
-from tutelage import pipeline
-from tutelage.core.errors import EngineError
+from tutelage import following, pipeline
+from tutelage.core.errors import EngineError, RecipeError
 from tutelage.core.fault import Fault
 from tutelage.core.progress import Bar, Reporter
+from tutelage.core.team import this_process
 from tutelage.models import source as models
 from tutelage.recipe.load import Variant
 from tutelage.store import Store
@@ -42,6 +43,8 @@ def run(
     """
     reporter = reporter or Reporter()
     recipe = variants[0].recipe
+    if this_process().size > 1:
+        return _in_a_team(variants, store, until, reporter)
     if recipe.runtime.jobs == 1:
         return pipeline.run(variants, store, until=until, reporter=reporter)
     started = time.monotonic()
@@ -55,6 +58,28 @@ def run(
     alone = [_with_one_job(variant) for variant in variants]
     last = pipeline.run(alone, store, until=until, reporter=reporter)
     return pipeline.Result(last.artifacts, (*made, *last.made), time.monotonic() - started)
+
+
+def _in_a_team(
+    variants: Sequence[Variant], store: Store, until: str, reporter: Reporter
+) -> pipeline.Result:
+    """One process of those that train together: rank 0 is the pipeline, the others follow."""
+    runtime = variants[0].recipe.runtime
+    if runtime.jobs > 1:
+        raise RecipeError("runtime.jobs = 1 is needed where several processes train together")
+    if runtime.threads:
+        os.environ["OMP_NUM_THREADS"] = str(runtime.threads)
+    from tutelage.train.team import opened
+
+    team = opened(this_process(), device=runtime.device)
+    team.sharding = runtime.sharding
+    if team.leads:
+        result = pipeline.run(variants, store, until=until, reporter=reporter, team=team)
+    else:
+        following.follow(variants, store, until=until, team=team)
+        result = pipeline.Result({})
+    team.part()
+    return result
 
 
 def _with_one_job(variant: Variant) -> Variant:

@@ -7,15 +7,17 @@ its settings, its inputs and a folder (`stages/<stage>.py`), and meets no other 
 """
 
 import importlib
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
 from tutelage.core import files
-from tutelage.core.artifact import Artifact, WorkDir, finish, measure_peak
+from tutelage.core.artifact import Artifact, Tracking, WorkDir, finish, measure_peak
 from tutelage.core.errors import (
     ArtifactError,
     DataError,
@@ -29,6 +31,7 @@ from tutelage.core.lock import file_lock
 from tutelage.core.progress import Reporter
 from tutelage.core.provenance import provenance
 from tutelage.core.shards import Executor
+from tutelage.core.team import Team
 from tutelage.data.identity import data_identity
 from tutelage.evals.benchmarks import lm_eval_name
 from tutelage.graph import Node, build, identities
@@ -41,6 +44,14 @@ from tutelage.recipe.tables import New, Runtime, Score
 from tutelage.recipe.training import Distill
 from tutelage.store import Store
 
+TOGETHER = ("sft", "distill")
+"""Stages that a team of processes makes together; rank 0 makes the others."""
+TO_LOWER = dict.fromkeys(
+    ("sft", "distill", "online"),
+    "lower rows_together (packed rows in one pass), then pack_tokens (their length), set "
+    "gradient_checkpointing = true, or part the model with runtime.processes and sharding = fsdp",
+) | {"score": "lower logit_chunk_mb"}
+"""What takes the memory of a stage; the loss's own chunks of logits are bounded."""
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "OutOfMemoryError")
 
 
@@ -82,6 +93,7 @@ class _Run:
     planned: Mapping[str, Planned]
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
+    team: Team = field(default_factory=Team)
 
 
 def plan(variants: Sequence[Variant], store: Store, *, until: str = "") -> list[Planned]:
@@ -252,15 +264,19 @@ def _ids(node: Node, outside: Mapping[str, models.External]) -> str:
 
 
 def run(
-    variants: Sequence[Variant], store: Store, *, until: str = "", reporter: Reporter | None = None
-) -> Result:
+    variants: Sequence[Variant], store: Store, *, until: str = "", reporter: Reporter | None = None,
+    team: Team | None = None,
+) -> Result:  # fmt: skip
     """Run what is not finished, in order; returns every step's artifact.
+
+    `team`: the other processes that follow this one (`following`).
 
     A step whose lock another process holds is left for later while others can run. Raises the
     stage's own TutelageError with the step's name in front.
     """
     reporter = reporter or Reporter()
     recipe = variants[0].recipe
+    _check_trackers(recipe.runtime)
     started = time.monotonic()
     if recipe.runtime.threads:  # torch reads it once, when it is first imported
         os.environ["OMP_NUM_THREADS"] = str(recipe.runtime.threads)
@@ -273,10 +289,11 @@ def run(
             store.run_folder(recipe.name) / "recipe.json",
             {v.label or recipe.name: v.recipe.model_dump(mode="json") for v in variants},
         )
-        state = _Run(recipe.name, store, reporter, recipe.runtime, planned)
+        state = _Run(recipe.name, store, reporter, recipe.runtime, planned, team=team or Team())
         waiting = list(planned)
         while waiting:
             waiting = _pass(state, waiting)
+        state.team.tell("")
     except OSError as error:  # between the steps: a lock, the run's own record
         if files.is_disk_full(error):
             raise ArtifactError(
@@ -355,8 +372,11 @@ def _make(state: _Run, planned: Planned) -> Artifact:
             executor=_executor(runtime), device=runtime.device,
             workers=runtime.workers or os.cpu_count() or 1, sandbox=runtime.sandbox,
             memory=state.store.memory_of_answers, engines=node.engines,
+            tracking=_tracking(state, node.name),
+            team=state.team if node.stage in TOGETHER else Team(),
         )  # fmt: skip
         peak = measure_peak()
+        work.team.tell(json.dumps([node.name, planned.fingerprint]))
         summary = _run_stage(node.step, inputs, work)
         _check_unchanged(node.step, planned, state.store)
         artifact = finish(
@@ -368,10 +388,19 @@ def _make(state: _Run, planned: Planned) -> Artifact:
             peak_memory_bytes=peak(),
         )  # fmt: skip
     except Exception as error:  # the one named boundary: every fault gets its step's name
-        raise _attributed(error, node.name) from error
+        raise _attributed(error, node) from error
     state.made.append(node.name)
     state.reporter.say(f"  done in {artifact.manifest['seconds']:,.1f} s  {_shown(summary)}")
     return artifact
+
+
+def take_part(node: Node, inputs: Mapping[str, Artifact], work: WorkDir) -> None:
+    """Join a step that another process makes; what comes of it is that one's."""
+    assert node.step is not None
+    try:
+        _run_stage(node.step, inputs, work)
+    except Exception as error:
+        raise _attributed(error, node) from error
 
 
 def _executor(runtime: Runtime) -> Executor | None:
@@ -380,6 +409,21 @@ def _executor(runtime: Runtime) -> Executor | None:
     from tutelage.engines.fleet import RayFleet
 
     return RayFleet(runtime.ray, threads=runtime.threads)
+
+
+def _tracking(state: _Run, name: str) -> Tracking | None:
+    kinds, folder = state.runtime.trackers, state.store.run_folder(state.name) / "trackers"
+    return Tracking(kinds, folder, state.name, name) if kinds else None
+
+
+def _check_trackers(runtime: Runtime) -> None:
+    """Before anything is spent, not when the first training begins. Raises RecipeError."""
+    for kind in runtime.trackers:
+        if find_spec(kind) is None:
+            raise RecipeError(
+                f"runtime.trackers: {kind} is not installed; pip install {kind}, or leave it out: "
+                "metrics.jsonl holds the same figures"
+            )
 
 
 def _check_unchanged(step: Step, planned: Planned, store: Store) -> None:
@@ -403,8 +447,9 @@ def _input_entry(artifact: Artifact) -> dict[str, str]:
     }
 
 
-def _attributed(error: Exception, name: str) -> Exception:
+def _attributed(error: Exception, node: Node) -> Exception:
     """The error with its step's name; a full disk and a full memory become clear lines."""
+    name = node.name
     if isinstance(error, TutelageError):
         return type(error)(f"step {name!r}: {error}")
     if files.is_disk_full(error):
@@ -413,7 +458,7 @@ def _attributed(error: Exception, name: str) -> Exception:
         )
     if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
         return EngineError(
-            f"step {name!r}: out of memory; lower batch_rows, batch_tokens or pack_tokens"
+            f"step {name!r}: out of memory; {TO_LOWER.get(node.stage, 'lower batch_rows')}"
         )
     error.add_note(f"in step {name!r}")
     return error

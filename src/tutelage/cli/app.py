@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 from rich.console import Console
 
-from tutelage import __version__, jobs, measure, pipeline
+from tutelage import __version__, jobs, launch, measure, pipeline
 from tutelage.cli import benches, display, look, runs, stores
 from tutelage.cli.doctor import doctor
 from tutelage.cli.evaluate import evaluate
@@ -24,6 +24,7 @@ from tutelage.cli.options import (
 )
 from tutelage.core.errors import ArtifactError, TutelageError
 from tutelage.core.progress import Reporter
+from tutelage.core.team import this_process
 from tutelage.estimate import estimate
 from tutelage.recipe.load import load, parse
 from tutelage.store import Store
@@ -66,8 +67,12 @@ def run(
     """Run a recipe: what is finished is kept, what was interrupted goes on."""
     variants = load(recipe, overrides)
     check_sandbox(variants[0].recipe.runtime.sandbox, allowed=allow_unsandboxed)
+    if launch.wanted(variants[0].recipe.runtime):
+        raise typer.Exit(launch.launched(sys.argv[1:], variants[0].recipe.runtime))
+    launch.end_with_launcher()
     result = jobs.run(variants, Store(store), until=until, reporter=Reporter())
-    display.finished(Console(), result, variants[0].recipe.name, store)
+    if this_process().leads:
+        display.finished(Console(), result, variants[0].recipe.name, store)
 
 
 @app.command(epilog="Example: tutelage plan recipes/quickstart.toml --until sft-fast")
@@ -293,15 +298,27 @@ def main() -> NoReturn:
     try:
         app(standalone_mode=True)
     except TutelageError as error:
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {_plain(error)}", soft_wrap=True)
-        sys.exit(EXIT_USER)
+        if this_process().should_tell(error):
+            console = Console(stderr=True)
+            console.print(f"[bold red]error:[/bold red] {_plain(error)}", soft_wrap=True)
+        _leave(EXIT_USER)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; run the same command again to go on")
         sys.exit(EXIT_INTERRUPTED)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(EXIT_BUG)
+    except Exception as error:
+        if this_process().should_tell(error):
+            traceback.print_exc()
+        _leave(EXIT_BUG)
     sys.exit(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """In a team at once: what tidies up at exit may wait for processes that are gone."""
+    if this_process().size > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _plain(error: Exception) -> str:

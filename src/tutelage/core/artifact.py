@@ -20,6 +20,7 @@ from tutelage.core import files
 from tutelage.core.errors import ArtifactError
 from tutelage.core.fingerprint import fingerprint
 from tutelage.core.progress import Reporter
+from tutelage.core.team import Team
 
 if TYPE_CHECKING:
     from tutelage.core.shards import Executor
@@ -138,6 +139,18 @@ class Site:
         return folder
 
 
+@dataclass(frozen=True)
+class Tracking:
+    """Programs that show a training's figures while it runs, and what they are told it is."""
+
+    kinds: tuple[str, ...]
+    """By Accelerate's names."""
+    folder: Path
+    """For those that write files; outside the artifact."""
+    recipe: str
+    step: str
+
+
 @dataclass
 class WorkDir(Site):
     """The folder a stage writes in, its ledger of finished shards, and its voice to the user."""
@@ -146,6 +159,11 @@ class WorkDir(Site):
     ledger: dict[str, dict[str, Any]] = field(default_factory=dict)
     executor: "Executor | None" = None
     """Who makes shards (`core.shards`); None: this process."""
+    tracking: "Tracking | None" = None
+    """Where the figures of a training go beside its log; None: nowhere."""
+    team: Team = field(default_factory=Team)
+    """The processes that make this step together; others than rank 0 have a folder of their own,
+    which nobody keeps."""
 
     @classmethod
     def open(
