@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		"torch==2.13.0"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-e ".[tasks,data,edge,evals,ray,dev]"
+		-e ".[tasks,data,edge,evals,qlora,ray,trackers,dev]"
 	touch $(STAMP)
 
 quickstart: setup

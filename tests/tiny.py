@@ -34,7 +34,8 @@ def write_model(folder: Path, *, layers: int = 3, seed: int = 0, vocab: int = 32
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
         tie_word_embeddings=True,
     )  # fmt: skip
-    config.bos_token_id, config.eos_token_id = fast.bos_token_id, fast.eos_token_id
+    ids = fast.get_vocab()
+    config.bos_token_id, config.eos_token_id = ids["<|im_start|>"], ids["<|im_end|>"]
     LlamaForCausalLM(config).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder

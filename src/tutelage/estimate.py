@@ -17,14 +17,23 @@ from tutelage.core.artifact import open_artifact
 from tutelage.core.errors import RecipeError
 from tutelage.data.identity import local_files, source_files
 from tutelage.graph import Node
-from tutelage.models.new import parameter_count
+from tutelage.models.new import feed_forward_width, parameter_count
 from tutelage.models.source import locate
 from tutelage.pipeline import Planned
 from tutelage.recipe.base import Step
 from tutelage.recipe.curation import Curate, Data, Difficulty, Funnel, Magpie
 from tutelage.recipe.evaluation import Evaluate, Task
 from tutelage.recipe.screening import Screen
-from tutelage.recipe.tables import Export, ModelSource, New, Prune, Rollout, Score, Synthesize
+from tutelage.recipe.tables import (
+    Export,
+    Merge,
+    ModelSource,
+    New,
+    Prune,
+    Rollout,
+    Score,
+    Synthesize,
+)
 from tutelage.recipe.training import Distill, Online, Sft
 from tutelage.store import Store
 from tutelage.train.curriculum_forecast import (
@@ -79,6 +88,8 @@ class _Model:
     """As measured here, of this model or of the one it is made from."""
     own: bool = True
     """Whether the pace is its own, so that its answers' length is known too."""
+    linear_width: int = 0
+    """Inputs and outputs of its linear layers, summed: adapters have so many weights a rank."""
 
 
 UNKNOWN_MODEL = _Model(0, 0, 0)
@@ -175,7 +186,7 @@ def _guess(step: Step, inputs: Mapping[str, Estimate], models: Mapping[str, _Mod
             step.questions, decoded=step.questions * step.max_tokens * len(step.formats),
             disk_bytes=model.bytes, memory_bytes=int(model.bytes * 2.2),
         )  # fmt: skip
-    if isinstance(step, Prune):
+    if isinstance(step, Prune | Merge):
         return Estimate(disk_bytes=model.bytes, memory_bytes=int(model.bytes * 2))
     return Estimate()
 
@@ -247,10 +258,11 @@ def _sft(
 def _training(step: Sft | Distill, rows: int, tokens: int, model: _Model) -> Estimate:
     a_step = step.batch_examples * tokens / max(1, rows * step.epochs) or step.batch_tokens
     trained = min(tokens, round(step.max_steps * a_step)) if step.max_steps else tokens
-    # Weights, gradients, two moments in fp32, and the checkpoint being written beside them.
-    return Estimate(
-        rows, trained=trained, disk_bytes=model.bytes, memory_bytes=int(model.bytes * 5)
-    )
+    adapters = step.lora.rank * model.linear_width * 4 if step.lora else 0
+    # Weights; and of what is trained gradients, two moments in fp32, and the checkpoint being
+    # written beside them. Adapters have weights of their own too.
+    memory = model.bytes + (5 * adapters if step.lora else 4 * model.bytes)
+    return Estimate(rows, trained=trained, disk_bytes=model.bytes + adapters, memory_bytes=memory)
 
 
 def _inputs_texts(
@@ -341,7 +353,12 @@ def _at_pace(guess: Estimate, work: Mapping[str, int], paces: Sequence[Pace]) ->
 
 def _outside(source: ModelSource, store: Store) -> _Model:
     facts = locate(source, memo=store.memo).facts
-    return _sized(facts.parameters, facts.vocab_size) if facts else UNKNOWN_MODEL
+    if facts is None:
+        return UNKNOWN_MODEL
+    width = _linear_width(
+        facts.hidden_size, facts.intermediate_size, facts.layers, facts.kv_heads / facts.heads
+    )
+    return replace(_sized(facts.parameters, facts.vocab_size), linear_width=width)
 
 
 def _made(node: Node, step: New, models: Mapping[str, _Model]) -> _Model:
@@ -349,7 +366,17 @@ def _made(node: Node, step: New, models: Mapping[str, _Model]) -> _Model:
     if step.tokenizer_of and not lent:
         return UNKNOWN_MODEL
     ids = lent or step.vocab_size
-    return _sized(parameter_count(step, ids), ids)
+    width = _linear_width(
+        step.hidden_size, feed_forward_width(step), step.layers,
+        (step.kv_heads or step.heads) / step.heads,
+    )  # fmt: skip
+    return replace(_sized(parameter_count(step, ids), ids), linear_width=width)
+
+
+def _linear_width(hidden: int, intermediate: int, layers: int, kv_share: float) -> int:
+    """Of the attention's q and o, its narrower k and v, and the three of the MLP, in each layer."""
+    attention = 4 * hidden + 2 * (hidden + round(hidden * kv_share))
+    return layers * (attention + 3 * (hidden + intermediate))
 
 
 def _sized(parameters: int, vocab_size: int) -> _Model:

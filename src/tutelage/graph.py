@@ -13,6 +13,7 @@ from tutelage.recipe.evaluation import Ablation
 from tutelage.recipe.load import Variant
 from tutelage.recipe.screening import Screen
 from tutelage.recipe.tables import (
+    Merge,
     ModelSource,
     New,
     Prune,
@@ -130,13 +131,16 @@ def _of_recipe(recipe: Recipe) -> list[Node]:
             step = New(stage="new", **source.new.model_dump())
             nodes[name] = Node(name, step, None, _inputs(step))
             continue
-        base = f"{name}:source" if source.is_pruned else name
+        base = f"{name}:source" if source.is_pruned or source.adapter else name
         nodes[base] = Node(base, None, source, {})
         if source.is_pruned:
             step = Prune(
                 stage="prune", model=base,
                 drop_layers=source.drop_layers, keep_layers=source.keep_layers,
             )  # fmt: skip
+            nodes[name] = Node(name, step, None, {"model": base})
+        if source.adapter:
+            step = Merge(stage="merge", model=base, adapter=source.adapter)
             nodes[name] = Node(name, step, None, {"model": base})
     for name, step in recipe.steps.items():
         nodes[name] = Node(name, step, None, _inputs(step), _engines(step, recipe))

@@ -16,7 +16,6 @@ from tutelage.train.batches import (
     plan_steps,
     position_budget,
 )
-from tutelage.train.optim import cosine_lr
 
 
 def example(*ids: int, targets: tuple[int, ...]) -> Example:
@@ -129,20 +128,6 @@ def test_a_mixture_is_mixed_and_another_epoch_draws_other_replay() -> None:
     assert (first == mixed_order([100, 1000], [0.5, 0.5], seed=1, epoch=0)).all()
     assert 30 < (first[:100] < 100).sum() < 70  # 4 standard deviations of a hypergeometric draw
     assert {i for i in first if i >= 100} != {i for i in second if i >= 100}
-
-
-def test_the_learning_rate_warms_up_then_falls_along_a_cosine_to_its_share() -> None:
-    rates = [
-        cosine_lr(step, steps=101, lr=2.0, min_share=0.1, warmup_share=0.05) for step in range(101)
-    ]
-    assert rates[:6] == pytest.approx([2 / 6, 4 / 6, 1.0, 8 / 6, 10 / 6, 2.0])
-    assert all(a > b for a, b in itertools.pairwise(rates[6:]))
-    assert rates[53] == pytest.approx(2.0 * 0.55, abs=0.02)  # half way down: (1 + 0.1) / 2
-    assert rates[100] == pytest.approx(0.2)
-
-
-def test_one_step_without_warm_up_has_the_whole_rate() -> None:
-    assert cosine_lr(0, steps=1, lr=1.0, min_share=0.1, warmup_share=0.0) == 1.0
 
 
 def test_the_position_budget_keeps_the_first_tokens_of_an_answer() -> None:

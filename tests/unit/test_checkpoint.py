@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tutelage.core.errors import ArtifactError
 from tutelage.train import checkpoint
 from tutelage.train.checkpoint import Position, restore, save
 from tutelage.train.optim import adamw
@@ -138,3 +139,22 @@ def test_vectors_are_not_decayed() -> None:
     assert {p.ndim for p in spared} == {1}
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     assert len(decayed) + len(spared) == sum(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("wide", "said"), [(9, r"0.bias is \[8\] there.* \[9\]"), (8, "no such")])
+def test_a_checkpoint_of_another_model_is_refused_by_name(
+    tmp_path: Path, wide: int, said: str
+) -> None:
+    model, optimizer = start(0)
+    train(model, optimizer, range(1))
+    save(tmp_path, model, optimizer, Position(1, 1, 0.0))
+    other = nn.Sequential(nn.Linear(4, wide))
+    with pytest.raises(ArtifactError, match=said):
+        restore(tmp_path, other, adamw(other, lr=1e-2, weight_decay=0.1))
+
+
+def test_a_process_that_does_not_lead_writes_nothing(tmp_path: Path) -> None:
+    model, optimizer = start(0)
+    train(model, optimizer, range(1))
+    save(tmp_path, model, optimizer, Position(1, 1, 0.0), leads=False)
+    assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from tutelage.core.progress import Reporter
 from tutelage.models.load import BackboneAndHead, load_model, load_tokenizer
 from tutelage.recipe.training import Sft
 from tutelage.text.chat import ChatFormat
-from tutelage.train import checkpoint
+from tutelage.train import checkpoint, loop
 from tutelage.train.batches import Example, PackedBatch, pack, plan_steps, stack
 from tutelage.train.loop import BatchLoss, Plan, Seen, StepStage, Trainee, train
 from tutelage.train.objectives import CrossEntropy
@@ -141,8 +141,8 @@ def test_a_kill_just_after_a_checkpoint_loses_no_line_of_the_log(
 ) -> None:
     save, lines = checkpoint.save, []
 
-    def looked_at(*args: Any) -> None:
-        save(*args)
+    def looked_at(*args: Any, **named: Any) -> None:
+        save(*args, **named)
         lines.append(len((tmp_path / "metrics.jsonl").read_text().splitlines()))
 
     monkeypatch.setattr(checkpoint, "save", looked_at)
@@ -264,3 +264,91 @@ def test_what_watches_sees_each_step_is_logged_and_may_end_the_training(
 def test_a_part_that_is_none_is_refused(schedule: list[float]) -> None:
     with pytest.raises(ValueError, match="schedule"):
         config(schedule=schedule)
+
+
+def trained(folder: Path, where: Path, examples: list[Example], **settings: object) -> Any:
+    model = load_model(folder, dtype="float32", device=CPU)
+    plan = Plan(lambda i: examples[i], str, [[[0], [1]]] * 4)
+    train(model, plan, CrossEntropy(), config(**settings), work_in(where), device=CPU, label="t")
+    return model, [line["loss"] for line in logged_in(where)]
+
+
+def test_activations_computed_twice_give_the_same_training_with_fewer_kept(
+    folder: Path, examples: list[Example], tmp_path: Path
+) -> None:
+    plain, losses = trained(folder, tmp_path / "plain", examples)
+    again, found = trained(folder, tmp_path / "again", examples, gradient_checkpointing=True)
+    assert found == losses
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(again.get_parameter(name), parameter, rtol=1e-6, atol=1e-7)
+
+    def kept(model: Any) -> int:
+        """Bytes that autograd holds for the backward of one row."""
+        sizes: dict[int, int] = {}
+
+        def held(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        model.train()
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(held, lambda tensor: tensor):
+            Trainee(model, CrossEntropy())(stack([pack([examples[0]], [0])]), CPU)
+        return sum(size for place, size in sizes.items() if place not in parameters)
+
+    assert kept(again) < 0.5 * kept(plain)
+
+
+def test_a_model_without_gradient_checkpointing_says_so(
+    folder: Path, examples: list[Example], tmp_path: Path
+) -> None:
+    model = load_model(folder, dtype="float32", device=CPU)
+    type(model).supports_gradient_checkpointing = False
+    try:
+        with pytest.raises(EngineError, match="no gradient checkpointing"):
+            train(
+                model, plan_of(examples), CrossEntropy(), config(gradient_checkpointing=True),
+                work_in(tmp_path), device=CPU, label="t",
+            )  # fmt: skip
+    finally:
+        type(model).supports_gradient_checkpointing = True
+
+
+def test_bfloat16_trains_near_float32_and_keeps_its_weights_in_float32(
+    folder: Path, examples: list[Example], tmp_path: Path
+) -> None:
+    # In one process, as the steps of a recipe are: the second has another precision.
+    _, wide = trained(folder, tmp_path / "wide", examples)
+    model, narrow = trained(folder, tmp_path / "narrow", examples, precision="bfloat16")
+    assert narrow == pytest.approx(wide, rel=0.02)
+    assert narrow != wide
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_float16_is_refused_on_the_cpu(
+    folder: Path, examples: list[Example], tmp_path: Path
+) -> None:
+    with pytest.raises(EngineError, match="float16 needs a GPU or NPU"):
+        trained(folder, tmp_path, examples, precision="float16")
+
+
+def test_a_step_whose_scaled_gradient_overflows_is_taken_back(
+    folder: Path, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real scaler and real float16, which Accelerate has for GPUs only, on the CPU."""
+    real = loop._accelerator
+
+    def scaling(*args: Any) -> Any:
+        found = real(*args)
+        found.native_amp, found.state._mixed_precision = True, "fp16"
+        found.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**36, backoff_factor=2.0**-26)
+        return found
+
+    monkeypatch.setattr(loop, "_accelerator", scaling)
+    trained(folder, tmp_path, examples, lr_schedule="constant", warmup_share=0.0)
+    lines = logged_in(tmp_path)
+    assert lines[0]["skipped"] == 1.0
+    assert "grad_norm" not in lines[0]
+    assert lines[1]["loss"] == lines[0]["loss"]
+    assert lines[-1]["grad_norm"] > 0
+    assert lines[-1]["loss"] < lines[0]["loss"]

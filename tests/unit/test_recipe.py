@@ -94,7 +94,7 @@ def test_a_step_without_a_seed_is_given_none(path: Path) -> None:
     [
         ("lr = 1e-5", "lrr = 1e-5", "steps.tuned.lrr: unknown key; did you mean 'lr'?"),
         ("lr = 1e-5", "qqqq = 1",
-         "steps.tuned.qqqq: unknown key; known: batch_examples, batch_tokens, "),
+         "steps.tuned.qqqq: unknown key; known: average_every, average_last, "),
         ("seed = 17", "sead = 17", "sead: unknown key; did you mean 'seed'?"),
         ('source = "owner/name"', 'sourse = "owner/name"',
          "models.m.sourse: unknown key; did you mean 'source'?"),

@@ -512,16 +512,16 @@ def test_a_training_that_stops_when_stale_is_resumed_to_the_same_bits(
     assert len(stage.metrics) == told["steps"]
     assert told["staleness"] == told["staleness_most"] > 0.05
     assert told["examples"] < 4 * 118
-    save = distill.save_student
+    save = distill.save_trainee
 
     def struck(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(distill, "save_student", struck)  # just after it had stopped
+        patch.setattr(distill, "save_trainee", struck)  # just after it had stopped
         with pytest.raises(KeyboardInterrupt):
             killed.run(**settings)
-        patch.setattr(distill, "save_student", save)
+        patch.setattr(distill, "save_trainee", save)
         assert killed.run(**settings) == told
     assert killed.weights == stage.weights
     assert killed.metrics == stage.metrics
@@ -687,7 +687,7 @@ def test_an_objective_that_cannot_be_stops_before_a_model_is_loaded(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage.store(some(2))
-    monkeypatch.setattr(distill, "load_for_training", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(distill, "load_trainee", lambda *_, **__: 1 / 0)
     with pytest.raises(RecipeError, match="ce_on is none with lam 0.9"):
         stage.run(ce_on="none")
     with pytest.raises(RecipeError, match="jsd cannot be unbiased"):
@@ -725,3 +725,34 @@ def test_a_damaged_row_group_stops_the_training_and_is_named(
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match=r"part-00000\.parquet: row group \d .* is damaged"):
         stage.run()
+
+
+def test_held_out_rows_of_the_store_are_looked_at_and_never_learnt(
+    stage: Stage, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.store(sampled_rows(model, 100))
+    plan = plan_of(stage, monkeypatch, held_out=7, epochs=2)
+    held = {index for row in plan.held_out for index in row}
+    assert len(held) == 7
+    learnt = list(flat(plan))
+    assert not held & set(learnt)
+    gauge = int(0.02 * 100)
+    assert len(learnt) == 2 * (100 - 7 - gauge)
+    again = plan_of(stage, monkeypatch, held_out=7, schedule=[0.5, 1.0])
+    assert again.held_out == plan.held_out  # the same in every part of a schedule
+
+
+def test_the_held_out_loss_of_distillation_is_looked_at_to_the_last_step(stage: Stage) -> None:
+    stage.store(some(12))
+    last = stage.run(held_out=3, evaluations=4, epochs=4, gauge_rows=0)
+    looked = [line["held_out_loss"] for line in stage.metrics if "held_out_loss" in line]
+    assert len(set(looked)) == 4
+    assert "held_out_loss" in stage.metrics[-1]
+    assert last["held_out_loss"] == pytest.approx(looked[-1], abs=1e-6)
+    assert {"steps", "rows", "loss"} <= last.keys()
+
+
+def test_more_held_out_rows_than_half_of_the_store_are_refused(stage: Stage) -> None:
+    stage.store(some(12))
+    with pytest.raises(DataError, match="held_out = 7 of 12 rollouts that fit; take 6 at most"):
+        stage.run(held_out=7)

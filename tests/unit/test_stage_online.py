@@ -262,9 +262,9 @@ def test_a_run_killed_after_a_checkpoint_ends_with_the_same_bytes(
     other = Stage(tmp_path / "other", *pair)
     save, saved = checkpoint.save, 0
 
-    def dies(*arguments: Any) -> None:
+    def dies(*arguments: Any, **named: Any) -> None:
         nonlocal saved
-        save(*arguments)
+        save(*arguments, **named)
         saved += 1
         if saved == killed_at:
             raise KeyboardInterrupt

@@ -27,7 +27,7 @@ from tutelage.stages import sft
 from tutelage.store import Store
 from tutelage.train import checkpoint, loop
 from tutelage.train.batches import PackedRow, pack
-from tutelage.train.optim import cosine_lr
+from tutelage.train.optim import rate
 
 TWO_STAGES = f"""
 lr = 1e-3
@@ -119,10 +119,7 @@ def test_two_stages_are_met_in_their_order_of_modes_and_at_their_rates(
     numbers = [line["stage"] for line in lines]
     assert numbers == sorted(numbers)
     for line in lines:
-        schedule = cosine_lr(
-            line["step"] - 1, steps=len(lines), lr=config.lr, min_share=config.min_lr_share,
-            warmup_share=config.warmup_share,
-        )  # fmt: skip
+        schedule = rate(line["step"] - 1, steps=len(lines), config=config)
         assert line["lr"] == schedule * {1: 1.0, 2: 0.5}[line["stage"]]
     assert summary["example_share.reasoning"] == modes.count("reasoning") / 40
     assert summary["example_share.fast"] == modes.count("fast") / 40
@@ -157,9 +154,9 @@ def killed_after(saves: int) -> Callable[..., None]:
     save = checkpoint.save
     count = 0
 
-    def counted(*args: Any) -> None:
+    def counted(*args: Any, **named: Any) -> None:
         nonlocal count
-        save(*args)
+        save(*args, **named)
         count += 1
         if count == saves:
             raise Killed
@@ -363,3 +360,71 @@ def test_a_plan_counts_steps_of_so_many_examples_by_the_tokens_of_an_example(
     expected = 5 * tokens / (2 * rows)
     assert trained("max_steps = 1\nbatch_examples = 5\n")[0] == pytest.approx(expected, abs=1)
     assert trained("max_steps = 1\nbatch_tokens = 100\n")[0] == 100
+
+
+def held_out_run(
+    where: Path, model: Artifact, rows: list[dict[str, Any]], held: list[dict[str, Any]], *,
+    say: Any = None, **settings: Any,
+) -> dict[str, float]:  # fmt: skip
+    config = Sft.model_validate(
+        {"stage": "sft", "model": "m", "data": ["d"], "held_out": "h", "seed": 5, "lr": 1e-2,
+         "batch_tokens": 100, "pack_tokens": 64, "checkpoint_minutes": 0} | settings
+    )  # fmt: skip
+    for name, some in (("data", rows), ("held", held)):
+        write_rows(where / name / "conversations.parquet", some, CONVERSATIONS)
+    inputs = {
+        "model": model, "data.0": Artifact(where / "data", {}),
+        "held_out": Artifact(where / "held", {}),
+    }  # fmt: skip
+    reporter = Reporter(Console(file=say)) if say else Reporter(quiet=True)
+    return sft.run(config, inputs, WorkDir.open(where / "work", reporter=reporter, device="cpu"))
+
+
+def test_held_out_rows_are_looked_at_and_never_learnt(
+    model: Artifact, rows: list[dict[str, Any]], met: list[int], tmp_path: Path
+) -> None:
+    held = [row(number) for number in (100, 101)]
+    summary = held_out_run(tmp_path, model, rows, held, evaluations=3)
+    assert set(met) == set(range(len(rows) + 2))  # learnt or looked at
+    assert summary["examples"] == summary["rows"] == len(rows)
+    looked = [line["held_out_loss"] for line in metrics(tmp_path) if "held_out_loss" in line]
+    assert len(looked) == 3
+    assert looked[-1] < looked[0]
+    assert summary["held_out_loss"] == pytest.approx(looked[-1], abs=1e-6)
+    assert sum(index >= len(rows) for index in met) == 2 * len(looked)
+
+
+def test_held_out_rows_that_are_learnt_too_are_told(
+    model: Artifact, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    said = io.StringIO()
+    held_out_run(tmp_path, model, rows, [rows[0], row(100)], say=said, max_steps=1)
+    assert "1 of 2 held-out rows are learnt from too" in said.getvalue()
+
+
+def test_held_out_rows_without_a_target_are_refused(
+    model: Artifact, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="held_out has no row with a target within pack_tokens"):
+        long = row(100)
+        long["messages"][0]["content"] = "why? " * 60
+        held_out_run(tmp_path, model, rows, [long])
+
+
+def test_an_early_stop_counts_the_steps_that_were_made(
+    model: Artifact, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    held = [row(number, words=9, thinking=True) for number in (100, 101)]
+    summary = held_out_run(
+        tmp_path, model, rows[-3:], held, epochs=40, evaluations=40, patience=2, keep="best",
+        lr=0.1,
+    )  # fmt: skip
+    lines = metrics(tmp_path)
+    assert summary["steps"] == len(lines) < 40
+    least = min(lines, key=lambda line: line["held_out_loss"])
+    assert summary["best_step"] == least["step"] == len(lines) - 2
+
+
+def test_a_curriculum_is_not_ended_early() -> None:
+    with pytest.raises(ValueError, match="patience would end a curriculum"):
+        settings(held_out="h", patience=2)

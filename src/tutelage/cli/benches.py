@@ -1,4 +1,4 @@
-"""`tutelage bench store | loss | sample | score | data`: what it costs here, and how true it is.
+"""`tutelage bench store | loss | sample | score | pack | train | data`: what it costs here.
 
 Parses, calls `tutelage.bench`, prints a table or JSON; torch is imported when a bench runs.
 """
@@ -148,6 +148,49 @@ def score(
         console.print(f"{count:>7,} tokens scored: peak {peak:,.0f} MiB", highlight=False)
 
 
+@app.command("pack", epilog="Example: tutelage bench pack --pack-tokens 512 --pack-tokens 2048")
+def pack(
+    repeats: Repeats = 3,
+    batch_tokens: Annotated[int, typer.Option(min=64, help="Tokens of a step.")] = 4_096,
+    pack_tokens: Annotated[
+        list[int] | None, typer.Option(min=64, help="Length of a packed row; may be repeated.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Useful tokens/s of packed training beside padded batches and one mask over a whole row."""
+    from tutelage.bench import packing
+
+    found = packing.run(
+        repeats=repeats, batch_tokens=batch_tokens, pack_tokens=pack_tokens or (2_048,),
+        reporter=Reporter(),
+    )  # fmt: skip
+    rows = [asdict(line) for line in found]
+    if as_json:
+        print_json(rows)
+    else:
+        _table(Console(), rows, "a training step (medians over the rounds)")
+
+
+@app.command("train", epilog="Example: tutelage bench train --tokens 1024")
+def train(
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens of a step, in one row.")] = 1_024,
+    steps: Annotated[int, typer.Option(min=1, help="Steps timed, after two that warm up.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """An SFT step beside a bare PyTorch loop, and its memory beside transformers' Trainer."""
+    from tutelage.bench import training
+
+    found = {
+        "time": training.speed(steps=steps, tokens=tokens),
+        "memory": training.memory(tokens=tokens),
+    }
+    if as_json:
+        print_json(found)
+        return
+    for what, figures in found.items():
+        _table(Console(), [figures], f"{what} of an SFT step of {tokens:,} tokens")
+
+
 @app.command("data", epilog="Example: tutelage bench data --rows 100000")
 def data(
     rows: Annotated[int, typer.Option(min=1_000, help="Synthetic rows.")] = 100_000,
@@ -208,7 +251,8 @@ def _table(console: Console, rows: Sequence[Mapping[str, Any]], title: str) -> N
         box=None, pad_edge=False, header_style="bold", title=title, title_justify="left"
     )  # fmt: skip
     for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="left" if name == "variant" else "right")
+        is_text = name in ("variant", "spread", "way")
+        table.add_column(name.replace("_", " "), justify="left" if is_text else "right")
     for row in rows:
         table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
     console.print(table)

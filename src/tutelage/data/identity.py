@@ -8,10 +8,11 @@ from typing import Any
 
 from tutelage.core.errors import DataError
 from tutelage.core.hashes import remembered_sha256
+from tutelage.models.inspect import adapter_files
 from tutelage.recipe.base import Step
 from tutelage.recipe.curation import Data, DataSource, Funnel
 from tutelage.recipe.evaluation import Evaluate, Task
-from tutelage.recipe.tables import Convert
+from tutelage.recipe.tables import Convert, Merge
 from tutelage.tasks import TASKS
 
 CAPTURE_SETTINGS = "compression_config.yaml"
@@ -60,6 +61,8 @@ def data_identity(step: Step, *, memo: Path) -> dict[str, Any]:
         if not step.settings and beside.exists():
             files = [*files, beside]
         return {"sha256": _hashes(step.source, files, memo)}
+    if isinstance(step, Merge):
+        return {"sha256": _hashes(step.adapter, adapter_files(Path(step.adapter)), memo)}
     found: dict[str, Any] = {}
     if isinstance(step, Data):
         found = {str(index): _identity(source, memo) for index, source in enumerate(step.sources)}

@@ -17,12 +17,13 @@ from tutelage.recipe.engines import ENGINE_TYPES
 from tutelage.recipe.evaluation import Arm, Claim, Task
 from tutelage.recipe.rounds import expanded
 from tutelage.recipe.tables import STEP_TYPES, Fleet, ModelSource, Recipe, Route, Runtime
+from tutelage.recipe.training import Lora
 
 NEW = "new"
 """The `source` of a model that is made from nothing."""
 TABLES_BELOW: Mapping[str, type[Table]] = {
     "columns": Columns, "sources": DataSource, "decontaminate": DataSource, "tasks": Task,
-    "claims": Claim, "arms": Arm, "routes": Route,
+    "claims": Claim, "arms": Arm, "routes": Route, "lora": Lora,
 }  # fmt: skip
 """Tables inside a step by the key they stand under, the innermost first."""
 
@@ -115,7 +116,7 @@ def _anchored(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         return raw
     return {
         **raw,
-        "models": {name: _fixed(t, folder, "tokenizer") for name, t in models.items()},
+        "models": {name: _fixed(t, folder, "tokenizer", "adapter") for name, t in models.items()},
         "steps": {name: _fixed_step(step, folder) for name, step in steps.items()},
     }
 
@@ -128,7 +129,7 @@ def _fixed_step(step: Any, folder: Path) -> Any:
         for key in ("sources", "decontaminate", "tasks")
         if isinstance(step.get(key), list)
     }
-    return {**_fixed(step, folder), **below}
+    return {**_fixed(step, folder, "adapter"), **below}
 
 
 def _fixed(table: Any, folder: Path, *more: str) -> Any:

@@ -53,6 +53,11 @@ class Runtime(Table):
 
     jobs: PositiveInt = 1
     """Steps made at a time, each in a process of its own with `threads` threads (0: its share)."""
+    processes: Annotated[int, Field(ge=0)] = 0
+    """Processes that make each `sft` and `distill` step together, on this machine; 0 and 1: one.
+    The result is that of one up to rounding, so it is the same step."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """Of several processes: each has the whole model, or a shard of every layer (FSDP2)."""
     sandbox: Literal["bubblewrap", "none"] = "bubblewrap"
     """Where generated programs run. `none` runs them as you, on this machine: `run` then wants
     `--allow-unsandboxed` too."""
@@ -61,10 +66,20 @@ class Runtime(Table):
     device: Literal["auto", "cpu", "cuda", "npu", "mps"] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of a process; 0 takes what the machine offers."""
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Programs that show the figures of a training while it runs, beside `metrics.jsonl`."""
     executor: Literal["local", "ray"] = "local"
     """Where shards of `rollout`, `score`, `synthesize` and `magpie` are made: in this process, or
     by actors of a Ray cluster, each with an engine of its own. The results are the same."""
     ray: Fleet = Field(default_factory=lambda: Fleet())
+
+    @model_validator(mode="after")
+    def _one_way_to_part(self) -> "Runtime":
+        if self.jobs > 1 and self.processes > 1:
+            raise ValueError(
+                "jobs makes several steps at a time, processes one step by several: set one of them"
+            )
+        return self
 
 
 class NewModel(Table):
@@ -116,6 +131,8 @@ class ModelSource(Table):
     """Remove this many layers of least block influence (arXiv 2403.03853)."""
     keep_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Or keep exactly these layers, counted from 0."""
+    adapter: str = ""
+    """A directory with a LoRA in PEFT's layout, merged in before anything else."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -126,6 +143,8 @@ class ModelSource(Table):
             raise ValueError('source = "served:NAME" and tokenizer go together')
         if self.is_served and self.is_pruned:
             raise ValueError("a served model is not pruned: its weights are elsewhere")
+        if self.adapter and (self.is_served or self.new or self.is_pruned):
+            raise ValueError("an adapter is merged into a whole model from outside, and only that")
         if self.new and self.is_pruned:
             raise ValueError("a new model is not pruned: give it fewer layers")
         if self.drop_layers and self.keep_layers:
@@ -162,6 +181,15 @@ class Prune(Step):
     keep_layers: tuple[int, ...] = ()
     calibration_rows: PositiveInt = 24
     """Bundled prompts on which block influence is measured."""
+
+
+class Merge(Step):
+    """An adapter merged into its base. Made from `[models.*]` with `adapter`; rarely by hand."""
+
+    produces: ClassVar[str] = "model"
+    stage: Literal["merge"]
+    model: ModelRef
+    adapter: str
 
 
 class Sampling(Step):
@@ -358,6 +386,7 @@ AnyStep = Annotated[
     | Magpie
     | Synthesize
     | New
+    | Merge
     | Sft
     | Rollout
     | Screen

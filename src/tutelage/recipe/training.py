@@ -18,14 +18,45 @@ from tutelage.recipe.base import (
 )
 
 
+class Lora(Table):
+    """Low-rank adapters that are trained in place of the weights (arXiv 2106.09685).
+
+    The embedding and the output layer stay frozen. Every step has adapters of its own, over the
+    weights it is given; the result is a whole model again.
+    """
+
+    rank: PositiveInt = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """An adapter's part is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that are zeroed in training."""
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """Which linear layers, by the last part of their names: `["q_proj", "v_proj"]`."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """Keep the frozen layers in 4 or 8 bits while training (QLoRA, arXiv 2305.14314)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_target_is_a_list_of_one(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("targets"), str):
+            targets = value["targets"]
+            return {**value, "targets": targets if targets == "all-linear" else [targets]}
+        return value
+
+
 class Training(Step):
     """Settings of the one training loop, shared by `sft` and `distill`."""
 
     produces: ClassVar[str] = "model"
     model: ModelRef
     lr: Annotated[float, Field(gt=0)] = 1e-5
+    lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: half a cosine down; or level, and down over the last `decay_share` of the
+    steps (warm-up, stable, decay: arXiv 2404.06395); or level."""
     min_lr_share: Share = 0.1
-    """Cosine schedule down to this share of `lr`."""
+    """Down to this share of `lr`."""
+    decay_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Of all steps, for `wsd`."""
     warmup_share: Share = 0.05
     epochs: PositiveInt = 1
     max_steps: Annotated[int, Field(ge=0)] = 0
@@ -44,6 +75,23 @@ class Training(Step):
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
     """Save a checkpoint this often; 0 after every step."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, about a third more time."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Save the exponential moving average of the weights, of this decay a step (0.999); 0: off."""
+    average_last: Annotated[int, Field(ge=0)] = 0
+    """Save the mean of the last so many snapshots of the weights (merging as in arXiv 2505.22375);
+    0: off."""
+    average_every: PositiveInt = 1
+    """Optimizer steps from one snapshot to the next; the last is the end."""
+    evaluations: PositiveInt = 10
+    """Times the held-out rows are looked at, evenly over the step, where it names any."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights are saved: the last, or those of the least held-out loss."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """End after so many looks in a row without a gain on the held-out rows; 0 never."""
+    lora: Lora | None = None
+    """Train adapters in the frozen model; left out: all weights."""
     schedule: tuple[Share, Share] = (0.0, 1.0)
     """Which part of one training this step is: [0.0, 0.5] and behind it [0.5, 1.0] have the rates
     and the order of rows of one step with twice the epochs (and max_steps), and the optimizer's
@@ -55,6 +103,31 @@ class Training(Step):
         if self.schedule[0] >= self.schedule[1]:
             raise ValueError("schedule is [from, to] with from below to, as [0.0, 0.5]")
         return self
+
+    @model_validator(mode="after")
+    def _a_decay_beside_the_warmup(self) -> Self:
+        if self.lr_schedule == "wsd" and self.warmup_share + self.decay_share > 1:
+            raise ValueError("warmup_share and decay_share sum to more than 1")
+        if "decay_share" in self.model_fields_set and self.lr_schedule != "wsd":
+            raise ValueError("decay_share is a setting of lr_schedule = 'wsd'")
+        return self
+
+    @model_validator(mode="after")
+    def _one_set_of_weights_to_save(self) -> Self:
+        if self.average_last and (self.ema or self.keep == "best" or self.patience):
+            raise ValueError(
+                "average_last counts from the planned end: it goes without ema, keep and patience"
+            )
+        if "average_every" in self.model_fields_set and not self.average_last:
+            raise ValueError("average_every is the distance of average_last's snapshots: give both")
+        if (self.keep == "best" or self.patience) and not self.holds_out:
+            raise ValueError("keep = 'best' and patience need held-out rows: set held_out")
+        return self
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether rows are named on which the training is looked at."""
+        return False
 
     @property
     def part(self) -> float:
@@ -105,6 +178,7 @@ class CurriculumStage(Table):
 class Sft(Training):
     """Supervised fine-tuning on conversations; several data steps are mixed."""
 
+    version: ClassVar[int] = 2
     stage: Literal["sft"]
     data: Annotated[tuple[ConversationsRef, ...], Field(min_length=1)]
     mixture: tuple[Annotated[float, Field(gt=0)], ...] = ()
@@ -113,6 +187,13 @@ class Sft(Training):
     curriculum: tuple[CurriculumStage, ...] = ()
     """Stages by mode over all rows together, instead of a mixture of data steps; an epoch is as
     many examples as there are rows."""
+    held_out: ConversationsRef = ""
+    """A data step whose rows are not learnt from: their loss is looked at `evaluations` times."""
+
+    @property
+    def holds_out(self) -> bool:
+        """See `Training`."""
+        return bool(self.held_out)
 
     @model_validator(mode="before")
     @classmethod
@@ -136,6 +217,12 @@ class Sft(Training):
         for field in ("replay", "ramp") if self.curriculum else ():
             if getattr(self.curriculum[0], field):
                 raise ValueError(f"the first stage has none before it to {field} from")
+        return self
+
+    @model_validator(mode="after")
+    def _a_curriculum_to_its_end(self) -> "Sft":
+        if self.curriculum and self.patience:
+            raise ValueError("patience would end a curriculum before its later stages: give one")
         return self
 
     @model_validator(mode="after")
@@ -168,7 +255,7 @@ class TeacherLoss(Table):
 class Distill(TeacherLoss, Training):
     """Training on stored teacher targets: `(1 - lam) * CE + lam * KD` (arXiv 2509.26497)."""
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     stage: Literal["distill"]
     targets: TargetsRef
     text: ConversationsRef = ""
@@ -189,6 +276,13 @@ class Distill(TeacherLoss, Training):
     """Nats a token above which it warns (arXiv 2605.05940)."""
     stop_when_stale: bool = False
     """End the training there."""
+    held_out: Annotated[int, Field(ge=0)] = 0
+    """Rows of the store that are not learnt from: their loss is looked at `evaluations` times."""
+
+    @property
+    def holds_out(self) -> bool:
+        """See `Training`."""
+        return bool(self.held_out)
 
     @model_validator(mode="after")
     def _a_gauge_to_stop_by(self) -> "Distill":
@@ -212,6 +306,7 @@ class Online(TeacherLoss, Training):
     sampling in every step and repeats nothing from disk; `distill` is the product.
     """
 
+    version: ClassVar[int] = 2
     stage: Literal["online"]
     teacher: ModelRef
     prompts: ConversationsRef

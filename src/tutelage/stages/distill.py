@@ -1,6 +1,7 @@
 """Stage `distill`: the student learns from the stored targets, at the speed of SFT."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,8 @@ from tutelage.core.artifact import Artifact, WorkDir
 from tutelage.core.errors import DataError
 from tutelage.engines.base import Scorable
 from tutelage.engines.scorer import TransformersScorer
-from tutelage.models.load import Loaded, load_for_training, save_student
+from tutelage.models.adapters import load_trainee, save_trainee
+from tutelage.models.load import Loaded, backbone_and_head
 from tutelage.recipe.training import Distill
 from tutelage.targets.reader import TargetReader
 from tutelage.targets.schema import TargetRow, TokenTargets, check_compatible
@@ -47,7 +49,7 @@ def run(config: Distill, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[
     """
     reader = TargetReader(inputs["targets"].shards())
     spec = loss_spec(config, reader.meta)  # one that cannot be raises first
-    loaded = load_for_training(inputs["model"], device=work.device)
+    loaded = load_trainee(inputs["model"], config, work)
     chat = ChatFormat.from_tokenizer(loaded.tokenizer)
     check_compatible(
         reader.meta, tokenizer=tokenizer_digest(loaded.directory),
@@ -74,8 +76,9 @@ def run(config: Distill, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[
 
     prompts_R, kept_R = _lengths(reader, budget)
     lengths = [*(prompts_R + kept_R).tolist(), *(len(row.example.ids_L) for row in text)]
-    held = _held_out(config, reader, prompts_R, kept_R)
-    plan = Plan(load=load, name=name, steps=_steps(config, reader, lengths, len(text), held))
+    held, unseen = _held_out(config, reader, prompts_R, kept_R)
+    steps = _steps(config, reader, lengths, len(text), [*held, *unseen])
+    plan = Plan(load=load, name=name, steps=steps, held_out=_packed(config, lengths, unseen))
     gauge, start = None, {}
     if held:
         trained = sum(lengths[i] for step in plan.part(config).steps for row in step for i in row)
@@ -87,11 +90,12 @@ def run(config: Distill, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[
         loaded.model, plan, objective, config, work, device=loaded.device, label="distill",
         before=inputs["model"].path,
     )  # fmt: skip
-    save_student(loaded, work.path / "model")
+    sizes = save_trainee(loaded, config, work)
     lines = [json.loads(line) for line in (work.path / METRICS).read_text().splitlines()]
     curve = [line["staleness"] for line in lines if "staleness" in line]
     return {
         **plan.counts(config, done=len(lines)),
+        **sizes,
         "rows": stored,
         **({"text_rows": len(text)} if text else {}),
         **{name: value for name, value in last.items() if name != "grad_norm"},
@@ -124,17 +128,38 @@ def _steps(
     return steps
 
 
+def _packed(config: Distill, lengths: Sequence[int], rows: Sequence[int]) -> list[list[int]]:
+    if not rows:
+        return []
+    return plan_steps(
+        lengths, np.array(rows), pack_tokens=config.pack_tokens, batch_tokens=sys.maxsize
+    )[0]
+
+
 def _held_out(
     config: Distill, reader: TargetReader, prompts_R: np.ndarray, kept_R: np.ndarray
-) -> list[int]:
-    """The rows of the gauge, by the seed alone: the same in every part of a schedule."""
-    if not reader.meta.student:  # targets from elsewhere: nobody's log-probabilities
-        return []
+) -> tuple[list[int], list[int]]:
+    """The rows of the gauge, and those whose loss is looked at, by the seed alone: the same in
+    every part of a schedule.
+
+    Raises DataError where little would be left to learn from.
+    """
     count = min(config.gauge_rows, int(HELD_SHARE * len(reader)))
+    if not reader.meta.student:  # targets from elsewhere: nobody's log-probabilities
+        count = 0
     rng = np.random.Generator(np.random.Philox(key=[config.seed, HELD_STREAM]))
     order = rng.permutation(len(reader))
     readable_R = (prompts_R > 0) & (kept_R > 0) & (prompts_R < config.pack_tokens)
-    return sorted(order[readable_R[order]][:count].tolist())
+    readable = order[readable_R[order]]
+    if config.held_out > len(readable) // 2:
+        raise DataError(
+            f"held_out = {config.held_out} of {len(readable)} rollouts that fit; take "
+            f"{len(readable) // 2} at most"
+        )
+    return (
+        sorted(readable[:count].tolist()),
+        sorted(readable[count : count + config.held_out].tolist()),
+    )
 
 
 def _gauge(
@@ -174,6 +199,7 @@ def _gauge(
 
     def read() -> np.ndarray:
         loaded.model.eval()
+        scorer.head = backbone_and_head(loaded.model)  # of several processes: no shard of it
         parts = scorer.label_logps(answers, on_tokens=lambda count: None)
         loaded.model.train()
         return np.concatenate(parts)

@@ -14,7 +14,8 @@ from tutelage.core.errors import DataError, ModelError
 from tutelage.engines.base import SamplingParams, Scorable
 from tutelage.engines.sampler import TransformersSampler
 from tutelage.engines.scorer import TransformersScorer
-from tutelage.models.load import Loaded, load_for_inference, load_for_training, save_student
+from tutelage.models.adapters import load_trainee, save_trainee
+from tutelage.models.load import Loaded, load_for_inference
 from tutelage.recipe.training import Online
 from tutelage.records import prompt_messages, read_rows
 from tutelage.targets.estimator import Threshold
@@ -35,7 +36,7 @@ def run(config: Online, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[s
     if not prompts:
         raise DataError("there is no prompt to answer")
     teacher = load_for_inference(inputs["teacher"], device=work.device)
-    student = load_for_training(inputs["model"], device=work.device)
+    student = load_trainee(inputs["model"], config, work)
     meta = _meta(config, inputs, teacher)
     chat = ChatFormat.from_tokenizer(student.tokenizer)
     _check_same_ids(student, teacher)
@@ -47,9 +48,10 @@ def run(config: Online, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[s
         before=inputs["model"].path,
     )  # fmt: skip
     _keep_counts(work)
-    save_student(student, work.path / "model")
+    sizes = save_trainee(student, config, work)
     return {
         **plan.counts(config),
+        **sizes,
         "rows": len(prompts),
         **{name: value for name, value in last.items() if name != "grad_norm"},
     }

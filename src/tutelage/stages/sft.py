@@ -1,19 +1,22 @@
 """Stage `sft`: supervised fine-tuning on conversations, mixed by data step or by a curriculum."""
 
+import sys
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from tutelage.core.artifact import Artifact, WorkDir, several
 from tutelage.core.errors import DataError
 from tutelage.core.files import write_json
-from tutelage.models.load import load_for_training, save_student
+from tutelage.models.adapters import load_trainee, save_trainee
 from tutelage.recipe.training import Sft
 from tutelage.text.chat import ChatFormat
 from tutelage.train import curriculum, curriculum_summary
 from tutelage.train.batches import epoch_order, mixed_order, plan_steps
 from tutelage.train.conversations import Conversations, load_conversations
-from tutelage.train.loop import Plan, StepStage, train
+from tutelage.train.heldout import BEST_STEP, HELD_OUT_LOSS
+from tutelage.train.loop import METRICS, Plan, StepStage, train
 from tutelage.train.objectives import CrossEntropy
 
 CURRICULUM = "curriculum.json"
@@ -27,7 +30,7 @@ def run(config: Sft, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[str,
 
     With a curriculum, what was met in its stages is kept in `curriculum.json`.
     """
-    loaded = load_for_training(inputs["model"], device=work.device)
+    loaded = load_trainee(inputs["model"], config, work)
     chat = ChatFormat.from_tokenizer(loaded.tokenizer)
     sources = [artifact.shards() for artifact in several(inputs, "data")]
     rows = load_conversations(chat, sources, config.pack_tokens)
@@ -42,14 +45,20 @@ def run(config: Sft, inputs: Mapping[str, Artifact], work: WorkDir) -> dict[str,
         shares = _keep_record(config, rows, order, plan, work)
     else:
         plan = _by_epochs(config, rows)
+    if config.held_out:
+        plan = _with_held_out(plan, config, chat, rows, inputs["held_out"], work)
     last = train(
         loaded.model, plan, CrossEntropy(), config, work, device=loaded.device, label="sft",
         before=inputs["model"].path,
     )  # fmt: skip
-    save_student(loaded, work.path / "model")
+    sizes = save_trainee(loaded, config, work)
+    log = work.path / METRICS
+    done = len(log.read_text().splitlines()) if config.patience else None
     return {
         "loss": last["loss"],
-        **plan.counts(config),
+        **{name: last[name] for name in (HELD_OUT_LOSS, BEST_STEP) if name in last},
+        **plan.counts(config, done=done),
+        **sizes,
         "rows": len(rows.names),
         "left_out": rows.left_out,
         "reasoning_share": rows.modes.count("reasoning") / len(rows.names),
@@ -67,6 +76,33 @@ def _by_epochs(config: Sft, rows: Conversations) -> Plan:
         )
         steps += _packed(config, rows, order)
     return Plan(rows.example, rows.names.__getitem__, steps)
+
+
+def _with_held_out(
+    plan: Plan, config: Sft, chat: ChatFormat, rows: Conversations, held_out: Artifact,
+    work: WorkDir,
+) -> Plan:  # fmt: skip
+    """The plan with the rows of another data step behind its own, for the loop to look at."""
+    held = load_conversations(chat, [held_out.shards()], config.pack_tokens)
+    if not held.names:
+        raise DataError("held_out has no row with a target within pack_tokens; raise it")
+    count = len(rows.names)
+    learnt = {rows.example(index).ids_L.tobytes() for index in range(count)}
+    if same := sum(held.example(i).ids_L.tobytes() in learnt for i in range(len(held.names))):
+        work.reporter.say(
+            f"  {same} of {len(held.names)} held-out rows are learnt from too: their loss says "
+            "little; take them out of data"
+        )
+    packed = plan_steps(
+        held.lengths_N.tolist(), np.arange(len(held.names)), pack_tokens=config.pack_tokens,
+        batch_tokens=sys.maxsize,
+    )  # fmt: skip
+    return replace(
+        plan,
+        load=lambda i: rows.example(i) if i < count else held.example(i - count),
+        name=lambda i: rows.names[i] if i < count else held.names[i - count],
+        held_out=[[count + index for index in row] for row in packed[0]],
+    )
 
 
 def _by_stages(config: Sft, rows: Conversations, order: curriculum.Plan) -> Plan:

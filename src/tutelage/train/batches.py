@@ -151,6 +151,17 @@ def _packed_rows(lengths: Sequence[int], order: np.ndarray, pack_tokens: int) ->
     return rows
 
 
+def length_groups(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Indices by length, shortest first, in groups that padded to their longest hold `limit` tokens
+    at most (one alone may be longer)."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        if not groups or (len(groups[-1]) + 1) * lengths[index] > limit:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
+
+
 def mixed_order(
     counts: Sequence[int], weights: Sequence[float], *, seed: int, epoch: int
 ) -> np.ndarray:

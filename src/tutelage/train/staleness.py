@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from tutelage.models.load import BackboneAndHead
+from tutelage.train.heldout import is_due
 from tutelage.train.loop import Seen
 
 SAME = 0.01
@@ -41,11 +42,6 @@ def kl_terms(logp_N: np.ndarray, generating_logp_N: np.ndarray) -> np.ndarray:
     """A token's part of KL(now || generating), in nats, float64, never negative."""
     ratio_N = np.asarray(logp_N, np.float64) - np.asarray(generating_logp_N, np.float64)
     return ratio_N * np.exp(ratio_N) - np.expm1(ratio_N)
-
-
-def is_due(done: int, steps: int, points: int) -> bool:
-    """Whether one of `points` even points over `steps` lies at step `done`; the last one does."""
-    return done * points // steps > (done - 1) * points // steps
 
 
 def affordable_points(points: int, *, held_tokens: int, trained_tokens: int) -> int:
