@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from commands import run_command
 
+from tutelage.cli.app import main
 from tutelage.core.progress import Reporter
 
 RECIPE = """
@@ -50,3 +51,17 @@ def test_what_was_confirmed_runs(
     monkeypatch.setattr(Reporter, "say", lambda *_, **__: None)
     words = ("run", recipe, "--store", recipe.parent / "store", "--allow-unsandboxed")
     assert "r: 1 step" in run_command(monkeypatch, capsys, *words, code=0)
+
+
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:  # the fault is injected
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tutelage.cli.app.load", interrupted)
+    monkeypatch.setattr("sys.argv", ["tutelage", "plan", str(tmp_path / "a.toml")])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 130
+    assert "interrupted; run the same command again to go on" in capsys.readouterr().err

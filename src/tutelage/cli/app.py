@@ -302,9 +302,10 @@ def main() -> NoReturn:
             console = Console(stderr=True)
             console.print(f"[bold red]error:[/bold red] {_plain(error)}", soft_wrap=True)
         _leave(EXIT_USER)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; run the same command again to go on")
-        sys.exit(EXIT_INTERRUPTED)
+    except SystemExit as end:  # typer takes the interrupt itself, and says nothing
+        if end.code == EXIT_INTERRUPTED and this_process().leads:
+            Console(stderr=True).print("interrupted; run the same command again to go on")
+        raise
     except Exception as error:
         if this_process().should_tell(error):
             traceback.print_exc()
