@@ -212,10 +212,10 @@ def test_a_later_part_of_a_schedule_begins_adapters_and_moments_anew(
     tmp_path: Path, base: Path
 ) -> None:
     train(tmp_path / "first", base, schedule=(0.0, 0.5))
-    assert not (tmp_path / "first/work/moments.safetensors").exists()
-    first = tmp_path / "first/work/model"
+    assert not (tmp_path / "first" / "work/moments.safetensors").exists()
+    first = tmp_path / "first" / "work/model"
     train(tmp_path / "second", first, schedule=(0.5, 1.0))
-    named = json.loads((tmp_path / "second/work/adapter/adapter_config.json").read_text())
+    named = json.loads((tmp_path / "second" / "work/adapter/adapter_config.json").read_text())
     assert named["base_model_name_or_path"] == base_fingerprint(first, memo=tmp_path / "memo")
     assert losses(tmp_path / "second")[-1] < losses(tmp_path / "first")[0]
 
@@ -448,7 +448,7 @@ def test_a_model_with_an_adapter_is_a_whole_one_in_a_recipe(recipe: Path) -> Non
     adapted = made(recipe)
     assert adapted.stage == "merge"
     merged = load_file(adapted.path / "model" / "model.safetensors")
-    trained = load_file(recipe.parent / "training/work/model/model.safetensors")
+    trained = load_file(recipe.parent / "training" / "work/model/model.safetensors")
     assert all(torch.equal(merged[name], value) for name, value in trained.items())
 
 

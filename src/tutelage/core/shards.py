@@ -32,6 +32,9 @@ OnTokens = Callable[[int], None]
 MakeShard = Callable[[Shard, OnTokens], Mapping[str, int]]
 """Writes the shard's files atomically, reports tokens as they come, and returns how many of each
 kind it cost."""
+OnDone = Callable[[Shard, float, Mapping[str, int]], None]
+"""Hears of a finished shard: its working seconds, and its tokens of each kind."""
+Say = Callable[[str], None]
 Begin = Callable[[], AbstractContextManager[MakeShard]]
 """Has what every shard needs, and lets go of it at the end. For a fleet it must be picklable: a
 module's function, or a partial of one."""
@@ -46,8 +49,8 @@ class Executor(Protocol):
         begin: Begin,
         *,
         on_tokens: OnTokens,
-        on_done: Callable[[Shard, float, Mapping[str, int]], None],
-        say: Callable[[str], None],
+        on_done: OnDone,
+        say: Say,
     ) -> None:
         """Make all of `todo`; `on_done(shard, seconds, tokens)` once each one's files are there.
 
@@ -66,8 +69,8 @@ class Local:
         begin: Begin,
         *,
         on_tokens: OnTokens,
-        on_done: Callable[[Shard, float, Mapping[str, int]], None],
-        say: Callable[[str], None],
+        on_done: OnDone,
+        say: Say,
     ) -> None:
         """See `Executor.run`."""
         with begin() as make:

@@ -12,7 +12,7 @@ import os
 import pickle
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -21,7 +21,7 @@ from typing import Any
 
 from tutelage.core.artifact import Artifact, Site
 from tutelage.core.errors import EngineError
-from tutelage.core.shards import Begin, OnTokens, Shard
+from tutelage.core.shards import Begin, OnDone, OnTokens, Say, Shard
 from tutelage.engines.fleet_driver import KEPT, Order, drive
 from tutelage.recipe.tables import Fleet
 
@@ -47,8 +47,8 @@ class RayFleet:
         begin: Begin,
         *,
         on_tokens: OnTokens,
-        on_done: Callable[[Shard, float, Mapping[str, int]], None],
-        say: Callable[[str], None],
+        on_done: OnDone,
+        say: Say,
     ) -> None:
         """See `Executor.run`. Raises EngineError when the cluster is not there, is lost, or loses
         too many workers; what a worker raises, as it is."""

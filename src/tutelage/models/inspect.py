@@ -9,7 +9,7 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,21 +133,13 @@ def describe(path: Path) -> ModelFacts:
     counts: Counter[str] = Counter()
     for tensor in tensors.values():
         counts[tensor.dtype] += tensor.size
-    heads = _whole(config, "num_attention_heads", path)
     dtype = counts.most_common(1)[0][0]
-    return ModelFacts(
-        architecture=(config.get("architectures") or [config.get("model_type", "unknown")])[0],
-        layers=_whole(config, "num_hidden_layers", path),
-        hidden_size=_whole(config, "hidden_size", path),
-        intermediate_size=_whole(config, "intermediate_size", path),
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        vocab_size=_whole(config, "vocab_size", path),
+    return replace(
+        describe_unseen(path),
         # Not from config.json: it leaves the key out where it equals its class's default.
         tie_embeddings=HEAD not in tensors,
         parameters=sum(counts.values()),
         dtype=DTYPES.get(dtype, dtype.lower()),
-        tokenizer_digest=_tokenizer_digest(path, config),
         bytes=sum(file.stat().st_size for file in files),
     )
 
@@ -177,7 +169,7 @@ def describe_unseen(path: Path) -> ModelFacts:
         tie_embeddings=False,
         parameters=0,
         dtype="unknown",
-        tokenizer_digest=tokenizer_digest(path),
+        tokenizer_digest=_tokenizer_digest(path, config),
         bytes=0,
     )
 
