@@ -220,6 +220,33 @@ def test_attention_without_a_kernel_of_ours_goes_by_one_mask() -> None:
     assert "slow" in compare(config, None, "masked").way.note
 
 
+class Disturbed(nn.Module):
+    """A backbone with a fault injected into its states, of the largest one's size."""
+
+    def __init__(self, backbone: nn.Module, by_shape: float, by_first_token: float) -> None:
+        super().__init__()
+        self.backbone, self.by_shape, self.by_first_token = backbone, by_shape, by_first_token
+
+    def forward(self, input_ids: Tensor, **given: Any) -> Any:
+        out = self.backbone(input_ids=input_ids, **given)
+        noise = self.by_shape * input_ids.shape[1] / 10
+        noise = noise + self.by_first_token * input_ids[:, :1, None]
+        states = out.last_hidden_state
+        return replace(out, last_hidden_state=states + noise * states.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("by_shape", "by_first_token", "apart"),
+    [(0.0, 0.0, True), (1e-4, 0.0, True), (0.0, 1e-4, False), (0.1, 0.0, False)],
+)
+def test_the_noise_of_a_deep_model_is_not_taken_for_mixing_and_a_little_mixing_is_seen(
+    by_shape: float, by_first_token: float, apart: bool
+) -> None:
+    model = model_of(CONFIGS["llama"]()).eval()
+    backbone = Disturbed(backbone_and_head(model).backbone, by_shape, by_first_token)
+    assert attention._keeps_apart(backbone, CPU) is apart
+
+
 def test_trying_a_model_leaves_it_as_it_was() -> None:
     model = model_of(CONFIGS["llama"]())
     model.train()
