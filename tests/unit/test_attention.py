@@ -170,10 +170,9 @@ def test_packing_changes_no_loss(loss: str) -> None:
     compare(CONFIGS["gemma3"](), LOSSES[loss], "blocks")
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+# Not of Mixtral, whose experts multiply the tokens of all examples together.
+@pytest.mark.parametrize("family", [name for name in CONFIGS if name != "mixtral"])
 def test_another_first_example_moves_the_loss_of_the_second_by_no_bit(family: str) -> None:
-    if family == "mixtral":
-        pytest.skip("experts multiply the tokens of all examples together")
     trainee = Trainee(model_of(CONFIGS[family]()), CrossEntropy())
     for lengths in ((2, 5, 60), (140, 30), (3, 150)):
         examples = some_examples([lengths])
