@@ -28,7 +28,7 @@ quickstart: setup
 ablation: setup
 	for lab in $(LABS); do $(BIN)/tutelage run recipes/lab-$$lab.toml --store $(STORE) || exit; done
 
-# Style, types and import layers, then every test: unit tests first, then those with real models.
+# Style, types and import layers, then every test.
 test: check
 	$(BIN)/python -m pytest tests
 

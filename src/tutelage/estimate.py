@@ -59,6 +59,8 @@ OPERATIONS = {"decode": 2, "read": 2, "train": 6}
 """Floating-point operations per parameter and token: forward 2, backward 4."""
 
 
+BESIDE = {"online": "teacher", "evaluate": "teacher", "synthesize": "judge"}
+"""The role whose model is in memory together with another one, by stage."""
 PAGES = ("report", "ablation")
 """Stages that read what models did, and run none."""
 
@@ -330,14 +332,20 @@ def _timed(guess: Estimate, stage: str, models: Mapping[str, _Model]) -> Estimat
         work["decode"] = 0  # its decoded count only tells how long the answers are
     measured = [model.pace for model in models.values() if model.pace]
     if measured and len(measured) == len(models):
-        return _at_pace(guess, work, measured)
+        beside = models.get(BESIDE.get(stage, ""), UNKNOWN_MODEL)
+        return _at_pace(guess, work, measured, beside.bytes)
     operations = sum(tokens * OPERATIONS[kind] * parameters for kind, tokens in work.items())
     rate = CORE_FLOPS * (os.cpu_count() or 1)
     return replace(guess, minutes=operations / rate / 60)
 
 
-def _at_pace(guess: Estimate, work: Mapping[str, int], paces: Sequence[Pace]) -> Estimate:
-    """At the slowest of the measured paces; the peak is of the process that did the same."""
+def _at_pace(
+    guess: Estimate, work: Mapping[str, int], paces: Sequence[Pace], beside: int
+) -> Estimate:
+    """At the slowest of the measured paces; the peak is of the process that did the same.
+
+    `beside`: bytes of the weights of a further model that is in memory at the same time.
+    """
     seconds = work["decode"] * max(pace.decode_s for pace in paces)
     seconds += work["read"] * max(pace.read_s or pace.decode_s for pace in paces)
     trains = [pace.train_s for pace in paces if pace.train_s]
@@ -347,8 +355,7 @@ def _at_pace(guess: Estimate, work: Mapping[str, int], paces: Sequence[Pace]) ->
             return replace(guess, minutes=None)
         seconds += work["train"] * max(trains)
         peak = max(pace.train_bytes for pace in paces)
-    # Of further models in memory only the weights are known: what the guess had beside the first.
-    return replace(guess, minutes=seconds / 60, memory_bytes=peak)
+    return replace(guess, minutes=seconds / 60, memory_bytes=peak + beside)
 
 
 def _outside(source: ModelSource, store: Store) -> _Model:

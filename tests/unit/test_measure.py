@@ -136,3 +136,12 @@ def test_the_costs_shown_are_those_of_the_estimator() -> None:
     top = cost_of_top(logits_NV.softmax(-1), 500)
     assert top.ids == 300
     assert top.mass == pytest.approx(1)
+
+
+def test_a_teacher_in_memory_beside_a_model_counts_with_its_weights(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    planned = pipeline.plan(load(write_recipe(tmp_path)), store)
+    costs = estimate(planned, store, paces={"teacher": PACE, "student:source": PACE})
+    weights = (tmp_path / "teacher" / "model.safetensors").stat().st_size
+    assert costs["scores"].memory_bytes == pytest.approx(10**9 + weights, abs=20_000)
+    assert costs["rollouts"].memory_bytes == 10**9

@@ -20,7 +20,8 @@ from tutelage.core.errors import EngineError
 from tutelage.engines.base import Completion, Engine, SamplingParams, Scorable
 from tutelage.engines.opening import opened
 from tutelage.engines.scorer import TransformersScorer
-from tutelage.models.load import load_for_training
+from tutelage.models.inspect import describe
+from tutelage.models.load import directory_of, load_for_training
 from tutelage.recipe.engines import EngineTable
 from tutelage.targets.calibrate import cost_of_top, expected_cost
 from tutelage.text.chat import ChatFormat
@@ -125,10 +126,9 @@ def _targets(logits_NV: Tensor) -> tuple[TargetCost, ...]:
 
 
 def _fits(artifact: Artifact) -> bool:
-    """Four times the weights as they lie on disk (in float32, at most) must be free."""
-    place = artifact.path / "model" if artifact.stage != "external" else artifact.path
-    weights = sum(path.stat().st_size for path in place.glob("*.safetensors"))
-    return weights * TRAINING_BYTES / 2 < psutil.virtual_memory().available
+    """Whether there is room for weights, gradients and moments; activations come on top."""
+    parameters = describe(directory_of(artifact)).parameters
+    return parameters * TRAINING_BYTES < psutil.virtual_memory().available
 
 
 def _train(

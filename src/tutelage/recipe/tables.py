@@ -69,8 +69,8 @@ class Runtime(Table):
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Programs that show the figures of a training while it runs, beside `metrics.jsonl`."""
     executor: Literal["local", "ray"] = "local"
-    """Where shards of `rollout`, `score`, `synthesize` and `magpie` are made: in this process, or
-    by actors of a Ray cluster, each with an engine of its own. The results are the same."""
+    """Where shards of `rollout`, `screen`, `score`, `synthesize` and `magpie` are made: in this
+    process, or by actors of a Ray cluster with an engine each. The results are the same."""
     ray: Fleet = Field(default_factory=lambda: Fleet())
 
     @model_validator(mode="after")
